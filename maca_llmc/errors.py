@@ -1,0 +1,8 @@
+"""The one exception that a command shows as one line instead of a traceback."""
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the culprit and the cure in one line.
+
+    The command line prints it as ``error: ...`` and exits with code 2.
+    """
