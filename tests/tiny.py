@@ -1,0 +1,116 @@
+"""Tiny random models and calibration sequences for tests of either side."""
+
+import string
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 128
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_moe": MOE,
+}
+
+
+def tiny_config(family: str):
+    """Configuration of a two-layer model of one family, 64 wide."""
+    return AutoConfig.for_model(family, **SHAPE | FAMILIES[family])
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable character; ids 0 to 7 are special."""
+    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<4>", "<image>", "<6>", "<7>"]
+    vocabulary = {token: index for index, token in enumerate([*special, *string.printable])}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>")),
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+    )
+
+
+def save_tiny_model(family: str, folder, seed: int = 0):
+    """Write a random float32 model of ``family`` (also ``gemma3``, multimodal) to ``folder``."""
+    torch.manual_seed(seed)
+    if family == "gemma3":
+        config = AutoConfig.for_model(
+            "gemma3",
+            text_config=SHAPE | FAMILIES["gemma3_text"],
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=4,
+            image_token_index=5,
+            boi_token_index=6,
+            eoi_token_index=7,
+        )
+        model = AutoModelForImageTextToText.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(tiny_config(family))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def random_sequences(lengths, seed: int = 0):
+    """One 1-D tensor of token ids per length; no padding or special ids in them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(8, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def batches(sequences, batch_size: int = 1, side: str = "right"):
+    """Batches of ``batch_size`` with padding inside the batch only, in order."""
+    result = []
+    for start in range(0, len(sequences), batch_size):
+        chunk = sequences[start : start + batch_size]
+        width = max(len(sequence) for sequence in chunk)
+        ids = torch.zeros(len(chunk), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(chunk):
+            place = (
+                slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), None)
+            )
+            ids[row, place], mask[row, place] = sequence, 1
+        result.append({"input_ids": ids, "attention_mask": mask})
+    return result
+
+
+def loader(sequences, batch_size: int = 1, side: str = "right"):
+    """What ``oneshot(dataset=...)`` takes: a DataLoader over ready batches, in order."""
+    return torch.utils.data.DataLoader(
+        batches(sequences, batch_size, side), batch_size=None, shuffle=False
+    )
