@@ -1,0 +1,27 @@
+"""Calibration data: from raw text or chats to an ordered loader of windows of chosen lengths."""
+
+from maca_llmc.data.calibration import (
+    DEFAULT_SCALES,
+    DEFAULT_TOKENS,
+    CalibrationSet,
+    build_calibration_set,
+)
+from maca_llmc.data.sources import (
+    CALIBRATION_SAMPLE,
+    EVALUATION_SAMPLE,
+    Document,
+    describe_source,
+    read_documents,
+)
+
+__all__ = [
+    "CALIBRATION_SAMPLE",
+    "DEFAULT_SCALES",
+    "DEFAULT_TOKENS",
+    "EVALUATION_SAMPLE",
+    "CalibrationSet",
+    "Document",
+    "build_calibration_set",
+    "describe_source",
+    "read_documents",
+]

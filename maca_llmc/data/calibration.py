@@ -1,0 +1,268 @@
+"""The calibration set: which token sequences the model sees, in which order, and their record."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from maca_llmc.data.sources import Document, Source, describe_source, read_documents
+from maca_llmc.data.windows import cut_windows, take_whole, window_counts
+from maca_llmc.errors import UserError
+
+DEFAULT_SCALES = (128, 256, 512, 1024, 2048)
+DEFAULT_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token sequences in a fixed order, and where they came from.
+
+    :param sequences: 1-D int64 tensors, unpadded.
+    :param source: the data in a few words.
+    :param scales: the lengths asked for, in tokens; ``None`` for uncut whole documents.
+    :param special_prefix: token ids that open every sequence (BOS), counted in its length.
+    """
+
+    sequences: list[Tensor]
+    source: str
+    seed: int
+    scales: tuple[int, ...] | None
+    balance: str
+    whole_documents: bool
+    special_prefix: tuple[int, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The length of every sequence, in tokens, in order."""
+        return [len(sequence) for sequence in self.sequences]
+
+    def dataloader(
+        self,
+        batch_size: int = 1,
+        padding_side: Literal["left", "right"] = "right",
+        pad_token_id: int = 0,
+    ) -> DataLoader:
+        """Return a loader to pass to ``oneshot(dataset=...)``: it keeps the order and cuts nothing.
+
+        A batch is ``{"input_ids": [rows, longest], "attention_mask": [rows, longest]}``, int64;
+        the mask is 1 on tokens and 0 on padding. Consecutive sequences form a batch, and padding
+        reaches only to the longest of them: with mixed lengths, 1 is the batch size that wastes
+        nothing. Padding is masked, so any valid ``pad_token_id`` does.
+
+        :raises UserError: batch size or padding side makes no sense.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size}: give 1 or more")
+        if padding_side not in ("left", "right"):
+            raise UserError(f"padding side is {padding_side!r}: give 'left' or 'right'")
+
+        def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+            return _pad(rows, padding_side, pad_token_id)
+
+        return DataLoader(
+            self.sequences,  # type: ignore[arg-type]  # a list is a map-style data set
+            batch_size=batch_size,
+            shuffle=False,
+            collate_fn=collate,
+            # Iterating draws a seed for workers: not from the global generator.
+            generator=torch.Generator(),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return what a run record says about the data; JSON-able.
+
+        ``lengths`` counts sequences by length, or by power-of-two bucket (``"513-1024"``) for
+        whole documents. ``sha256`` is over the sequences in order, each as its length and its
+        token ids in little-endian int64.
+        """
+        digest = hashlib.sha256()
+        for sequence in self.sequences:
+            digest.update(struct.pack(f"<{len(sequence) + 1}q", len(sequence), *sequence.tolist()))
+        histogram = Counter(sorted(self.lengths))
+        lengths: Counter[str] = Counter()
+        for length, count in histogram.items():
+            lengths[_bucket(length) if self.whole_documents else str(length)] += count
+        return {
+            "source": self.source,
+            "sha256": digest.hexdigest(),
+            "seed": self.seed,
+            "sequences": len(self.sequences),
+            "tokens": sum(self.lengths),
+            "lengths": dict(lengths),
+            "scales": None if self.scales is None else list(self.scales),
+            "balance": self.balance,
+            "whole_documents": self.whole_documents,
+            "special_prefix": list(self.special_prefix),
+        }
+
+
+def build_calibration_set(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: Source = None,
+    scales: Sequence[int] | None = DEFAULT_SCALES,
+    tokens: int = DEFAULT_TOKENS,
+    balance: str = "tokens",
+    whole_documents: bool = False,
+    seed: int = 0,
+    max_context: int | None = None,
+    text_column: str | None = None,
+    split: str = "train",
+    config_name: str | None = None,
+) -> CalibrationSet:
+    """Build the calibration set: the same arguments give the same sequences in the same order.
+
+    Documents are tokenized one by one, in seeded order, only as many as are needed. Special tokens
+    that the tokenizer puts in front of a text (BOS) open every sequence and count in its length.
+    Chats go through the tokenizer's chat template.
+
+    Windows are cut from the front of what is left of a document, the longest first, spread over
+    the documents, never a token twice; then they are shuffled, so that lengths are mixed.
+
+    :param source: see :func:`read_documents`; ``None`` is the shipped English sample.
+    :param scales: window lengths in tokens, strictly increasing; one length gives a fixed-length
+        set. With ``whole_documents``, documents are cut at the last; ``None`` cuts at
+        ``max_context``.
+    :param tokens: the budget, in tokens. Windows come to it within half a window per length (but
+        each length gets at least one window); whole documents stay within it.
+    :param balance: ``"tokens"`` (equal tokens per length) or ``"counts"`` (equal numbers of
+        windows); no meaning for whole documents.
+    :param whole_documents: take documents at their natural length instead of windows.
+    :param seed: of the order of documents and of windows. Global generators are left alone.
+    :param max_context: the model's context, in tokens; no scale may exceed it.
+    :param text_column: see :func:`read_documents`; so ``split`` and ``config_name``.
+    :raises UserError: scales that make no sense, budget below the smallest scale, too little
+        text, chats without a chat template, and whatever :func:`read_documents` raises.
+    """
+    prefix = special_prefix(tokenizer)
+    _check_scales(scales, tokens, whole_documents, max_context, len(prefix))
+    documents = read_documents(
+        source, text_column=text_column, split=split, config_name=config_name
+    )
+    generator = random.Random(seed)
+    order = list(range(len(documents)))
+    generator.shuffle(order)
+    stream = (tokenize(tokenizer, documents[index], prefix) for index in order)
+    if whole_documents:
+        limit = max_context if scales is None else scales[-1]
+        bodies = take_whole(stream, tokens, limit, len(prefix))
+    else:
+        assert scales is not None  # _check_scales saw to it
+        bodies = cut_windows(stream, window_counts(scales, tokens, balance), len(prefix))
+    generator.shuffle(bodies)
+    return CalibrationSet(
+        sequences=[torch.tensor([*prefix, *body], dtype=torch.long) for body in bodies],
+        source=describe_source(source, split=split, config_name=config_name),
+        seed=seed,
+        scales=None if scales is None else tuple(scales),
+        balance=balance,
+        whole_documents=whole_documents,
+        special_prefix=tuple(prefix),
+    )
+
+
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special token ids that the tokenizer puts in front of a text, often ``[bos]``."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start])
+    return []
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, document: Document, prefix: list[int]
+) -> list[int]:
+    """Return the token ids of one document without ``prefix``, whatever its length.
+
+    A chat template that writes the prefix itself loses it here, so that no sequence opens with
+    two of them.
+
+    :raises UserError: a chat and no chat template, or a chat that does not fit it.
+    """
+    if not document:
+        return []
+    if isinstance(document, str):
+        return _encode(tokenizer, document)
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the data are chats and the tokenizer has no chat template: "
+            "use an instruction-tuned model or plain text"
+        )
+    try:
+        text = tokenizer.apply_chat_template(document, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise UserError(
+            f"a chat does not fit the tokenizer's chat template ({error}): "
+            f"its roles are {', '.join(str(message['role']) for message in document)}"
+        ) from error
+    ids = _encode(tokenizer, str(text))
+    return ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: a document longer than the model's context is no fault here.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _check_scales(
+    scales: Sequence[int] | None,
+    tokens: int,
+    whole_documents: bool,
+    max_context: int | None,
+    overhead: int,
+) -> None:
+    if tokens < 1:
+        raise UserError(f"the token budget is {tokens}: give a positive number")
+    if scales is None:
+        if not whole_documents:
+            raise UserError("no scales: give window lengths, or ask for whole documents")
+        return
+    shown = ",".join(map(str, scales))
+    if not scales or min(scales) < 1:
+        raise UserError(f"scales {shown or '(none)'}: give positive lengths such as 128,512,2048")
+    if any(after <= before for before, after in pairwise(scales)):
+        raise UserError(f"scales {shown} are not increasing: sort them and drop repeats")
+    if max_context is not None and scales[-1] > max_context:
+        raise UserError(
+            f"scale {scales[-1]} is longer than the model's context ({max_context}): lower it"
+        )
+    if scales[0] <= overhead:
+        raise UserError(
+            f"scale {scales[0]} leaves no room for text after {overhead} special tokens: raise it"
+        )
+    if not whole_documents and tokens < scales[0]:
+        raise UserError(
+            f"the token budget ({tokens}) is below the smallest scale ({scales[0]}): "
+            "raise the one or lower the other"
+        )
+
+
+def _pad(rows: list[Tensor], side: str, pad_token_id: int) -> dict[str, Tensor]:
+    shape = (len(rows), max(map(len, rows)))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for number, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(shape[1] - len(row), shape[1])
+        input_ids[number, place] = row
+        attention_mask[number, place] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _bucket(length: int) -> str:
+    """Name the power-of-two bucket of a length: 513 to 1024 is ``"513-1024"``."""
+    top = 1 << (length - 1).bit_length()
+    return f"{top // 2 + 1}-{top}"
