@@ -15,7 +15,7 @@ and unpacked with ``dpkg-deb``)::
     python benchmarks/make_sample.py
 
     # packages unpacked before, one folder per package: no network
-    python benchmarks/make_sample.py --packages /tmp/w/x
+    python benchmarks/make_sample.py --packages unpacked/
 
 Needs the standard library only. R's lazy-load database is simple enough to read without R: each
 object is a big-endian length and a zlib stream of an XDR-serialized character vector.
@@ -55,7 +55,9 @@ TITLES = {
 JARGON = "The Jargon File, version 4.4.7 (2003)"
 CHAPTER = re.compile(r"^(?:CHAPTER|Chapter) (?:\d+|[IVXL]+)\b|^Epilogue$")
 JUNK = re.compile(r"^(?:volume\b.*|finis|the end|\W*)$", re.IGNORECASE)
-CRUDE = re.compile(r"penis|fuck|shit|sex|piss|\bass\b|asshole|\bsucks?\b|nazi", re.IGNORECASE)
+UNWANTED = re.compile(  # crude entries, and tables drawn with lines
+    r"penis|fuck|shit|sex|piss|\bass\b|asshole|\bsucks?\b|nazi|[\u2500-\u257f]", re.IGNORECASE
+)
 Row = dict[str, str]
 
 
@@ -194,7 +196,8 @@ def read_jargon_chapter(text: str, title: str) -> str:
     end = re.search(r"\n(?:Chapter \d+|Appendix [A-C]|Glossary|Bibliography)\b", body)
     if end is None:
         raise ValueError(f"no end to {title}")
-    return clean(body[: end.start()].split("\n"), verse_indent=4)
+    chapter = clean(body[: end.start()].split("\n"), verse_indent=4)
+    return re.sub(r"Table of Contents\n\n(?:[^\n]{1,40}\n\n)+", "", chapter)
 
 
 def read_jargon_entries(text: str) -> list[str]:
@@ -205,7 +208,7 @@ def read_jargon_entries(text: str) -> list[str]:
         head, _, body = part.partition("\n\n")
         name = re.match(r"\s*:(.+?):(?:\s|$)", head)
         prose = clean(body.split("\n"), verse_indent=4)
-        plain = "\n" not in prose.replace("\n\n", "") and not CRUDE.search(part)
+        plain = "\n" not in prose.replace("\n\n", "") and not UNWANTED.search(part)
         if name and plain and 350 <= len(prose) <= 2000:
             entries.append(f"{name[1]}: {prose}")
     return entries

@@ -1,0 +1,53 @@
+"""Tiny tokenizers made in memory, and words to feed them: one word is one token."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+WORDS = [f"w{number}" for number in range(400)]
+SPECIALS = ["<unk>", "<bos>", "<user>", "<assistant>", "<end>", "a"]
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+
+
+def build_tokenizer(bos: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(SPECIALS + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<bos>" if bos else None,
+        chat_template=chat_template,
+        model_max_length=64,  # longer documents must pass, and quietly
+    )
+
+
+@pytest.fixture
+def make_tokenizer():
+    return build_tokenizer
+
+
+@pytest.fixture
+def plain():
+    return build_tokenizer()
+
+
+@pytest.fixture
+def with_bos():
+    return build_tokenizer(bos=True)
+
+
+@pytest.fixture
+def chatty():
+    """Its chat template writes the BOS token itself, as Llama's does."""
+    return build_tokenizer(bos=True, chat_template="<bos> " + TEMPLATE)
+
+
+@pytest.fixture
+def documents():
+    """Ten documents of 40 words; no word occurs twice, so that reuse shows."""
+    return [" ".join(WORDS[start : start + 40]) for start in range(0, 400, 40)]
