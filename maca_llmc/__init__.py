@@ -1,10 +1,33 @@
-"""Length-aware calibration for llm-compressor's GPTQ. Importing this registers ``MaCaModifier``."""
+"""Length-aware calibration for llm-compressor's GPTQ. Importing this registers ``MaCaModifier``.
+
+>>> import maca_llmc
+>>> from llmcompressor import oneshot
+>>> oneshot(model=..., dataset=..., recipe="recipes/w4a16-g128.maca.yaml")
+
+``quantize`` and ``evaluate`` are the commands as Python calls.
+"""
 
 from importlib.util import find_spec
+from typing import Any
 
 __version__ = "0.1.0"
 
-if find_spec("llmcompressor") is not None:
-    from maca_llmc.modifier import MaCaModifier
+MISSING = (
+    "maca-llmc needs llmcompressor==0.14.0.1, which is not installed here (it and vLLM need "
+    "environments of their own): run `make setup` and use .venv, or `pip install maca-llmc` in a "
+    "fresh environment"
+)
 
-    __all__ = ["MaCaModifier"]
+if find_spec("llmcompressor") is not None:
+    from maca_llmc.data import build_calibration_set
+    from maca_llmc.evaluation import evaluate
+    from maca_llmc.modifier import MaCaModifier
+    from maca_llmc.quantize_run import quantize
+
+    __all__ = ["MaCaModifier", "build_calibration_set", "evaluate", "quantize"]
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise ImportError(MISSING)

@@ -16,6 +16,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq import base as gptq_base
 from llmcompressor.modifiers.gptq.helpers import make_empty_hessian
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModifierFactory",
     "QuantizationMixin",
     "Recipe",
+    "computing_on",
     "decoder_layers",
     "empty_hessian",
     "forget_causal_masks",
@@ -62,6 +64,16 @@ def forget_causal_masks(config: Any) -> None:
     """Undo ``keep_causal_masks``, so that it does not end up in a saved configuration."""
     for part in (config, config.get_text_config()):
         part.__dict__.pop("attn_implementation", None)
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """While open, have the sequential pipeline load layers to ``device``.
+
+    llm-compressor itself takes the first accelerator it sees, whatever the user asked for.
+    """
+    with patch_attr(sequential_pipeline, "get_main_device", lambda: device):
+        yield
 
 
 @contextmanager

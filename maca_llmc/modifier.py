@@ -1,7 +1,6 @@
 """MaCaModifier: llm-compressor's GPTQ with a Hessian that knows the length of its sequences."""
 
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
@@ -105,8 +104,9 @@ class MaCaModifier(GPTQModifier):
         """Register GPTQ's hooks, and ours that read the attention mask of each batch."""
         super().on_calibration_start(state, event, **kwargs)
         for module in state.model.modules():
-            if "attention_mask" in _forward_signature(type(module)).parameters:
-                self.register_hook(module, self._read_layout, "forward_pre", with_kwargs=True)
+            if "attention_mask" in _forward_signature(module).parameters:
+                hook: Any = self._read_layout  # with_kwargs gives it one argument more
+                self.register_hook(module, hook, "forward_pre", with_kwargs=True)
 
     def on_sequential_epoch_end(
         self, state: Any, event: Any, modules: list[torch.nn.Module], **kwargs: Any
@@ -182,16 +182,16 @@ class MaCaModifier(GPTQModifier):
     # the parts
 
     def _read_layout(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given = _forward_signature(type(module)).bind_partial(module, *args, **kwargs).arguments
+        given = _forward_signature(module).bind_partial(module, *args, **kwargs).arguments
         hidden = next((value for value in given.values() if _is_hidden_states(value)), None)
         try:
             valid = valid_tokens(given.get("attention_mask"))
         except TypeError as error:
             raise TypeError(f"{type(module).__name__}: {error}") from None
         if hidden is not None:
-            self._layout = BatchLayout(tuple(hidden.shape[:2]), valid)
+            self._layout = BatchLayout((hidden.shape[0], hidden.shape[1]), valid)
         elif valid is not None:
-            self._layout = BatchLayout(tuple(valid.shape), valid)
+            self._layout = BatchLayout((valid.shape[0], valid.shape[1]), valid)
 
     def _segments(self, length: int) -> list[Segment]:
         if self._reference is None:
@@ -244,9 +244,8 @@ class MaCaModifier(GPTQModifier):
                 self._hessians[module] *= factor
 
 
-@cache
-def _forward_signature(module_class: type[torch.nn.Module]) -> inspect.Signature:
-    return inspect.signature(module_class.forward)
+def _forward_signature(module: torch.nn.Module) -> inspect.Signature:
+    return inspect.signature(type(module).forward)
 
 
 def _is_hidden_states(value: Any) -> bool:

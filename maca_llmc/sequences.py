@@ -58,7 +58,10 @@ def module_tokens(module: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor
     """
     if isinstance(module, torch.nn.Conv2d):
         unfold = torch.nn.Unfold(
-            module.kernel_size, module.dilation, padding=module.padding, stride=module.stride
+            module.kernel_size,
+            module.dilation,
+            padding=module.padding,  # type: ignore[arg-type]  # as stock: numbers only
+            stride=module.stride,
         )
         return unfold(inputs).transpose(1, 2)
     if inputs.ndim > 3:

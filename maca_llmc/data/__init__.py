@@ -1,8 +1,6 @@
 """Calibration data: from raw text or chats to an ordered loader of windows of chosen lengths."""
 
 from maca_llmc.data.calibration import (
-    DEFAULT_SCALES,
-    DEFAULT_TOKENS,
     CalibrationSet,
     build_calibration_set,
 )
@@ -16,8 +14,6 @@ from maca_llmc.data.sources import (
 
 __all__ = [
     "CALIBRATION_SAMPLE",
-    "DEFAULT_SCALES",
-    "DEFAULT_TOKENS",
     "EVALUATION_SAMPLE",
     "CalibrationSet",
     "Document",

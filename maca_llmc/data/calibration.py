@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from maca_llmc import defaults
 from maca_llmc.data.sources import Document, Source, describe_source, read_documents
 from maca_llmc.data.windows import cut_windows, take_whole, window_counts
 from maca_llmc.errors import UserError
-
-DEFAULT_SCALES = (128, 256, 512, 1024, 2048)
-DEFAULT_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,8 @@ def build_calibration_set(
     tokenizer: PreTrainedTokenizerBase,
     *,
     source: Source = None,
-    scales: Sequence[int] | None = DEFAULT_SCALES,
-    tokens: int = DEFAULT_TOKENS,
+    scales: Sequence[int] | None = defaults.SCALES,
+    tokens: int = defaults.TOKENS,
     balance: str = "tokens",
     whole_documents: bool = False,
     seed: int = 0,

@@ -1,0 +1,167 @@
+"""The ``maca-llmc`` command."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import maca_llmc
+from maca_llmc import defaults
+from maca_llmc.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize a model with length-aware calibration, and see how far it is from its base.",
+)
+
+CHECKPOINT_NEXT = "try it: maca-serve up {folder}   (in the serve environment, .venv-serve)"
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one line on standard error and exit code 2."""
+    if find_spec("llmcompressor") is None:
+        sys.exit(_fail(maca_llmc.MISSING))
+    try:
+        app()
+    except UserError as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind")
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def _numbers(text: str | None, option: str) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: give whole numbers such as 128,512,2048") from None
+
+
+@app.command()
+def quantize(
+    output: Annotated[Path, typer.Option(help="Folder to make for the checkpoint.")],
+    model: Annotated[
+        str, typer.Option(help="Folder, hub name, or the embedded model.")
+    ] = defaults.MODEL,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML recipe. Default: W4A16 by MaCa, fitting group size.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text, JSONL, folder or hub data set. Default: the shipped sample."),
+    ] = None,
+    scales: Annotated[
+        str | None,
+        typer.Option(help="Calibration lengths. Default: 128,256,512,1024,2048 within context."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Calibration budget in tokens.")] = defaults.TOKENS,
+    balance: Annotated[
+        str, typer.Option(help="What each length gets the same of: tokens or counts.")
+    ] = "tokens",
+    whole_documents: Annotated[
+        bool, typer.Option("--whole-documents", help="Documents at their natural length.")
+    ] = False,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the data. Default: text, else messages.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    config_name: Annotated[str | None, typer.Option(help="Config of a hub data set.")] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences per batch, padded to the longest.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the data's order.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    container: Annotated[
+        int | None,
+        typer.Option(help="4: store 2- and 3-bit weights in 4-bit containers, same values."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output folder when done.")
+    ] = False,
+) -> None:
+    """Quantize MODEL by RECIPE and write a checkpoint that vLLM loads."""
+    folder = maca_llmc.quantize(
+        output,
+        model=model,
+        recipe=recipe,
+        data=data,
+        scales=_numbers(scales, "--scales"),
+        tokens=tokens,
+        balance=balance,
+        whole_documents=whole_documents,
+        text_column=text_column,
+        split=split,
+        config_name=config_name,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        container=container,
+        overwrite=overwrite,
+    )
+    console = Console()
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    console.print(f"wrote {folder} ({size:.0f} MB)", highlight=False, soft_wrap=True)
+    console.print(CHECKPOINT_NEXT.format(folder=folder), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    base: Annotated[str, typer.Argument(help="The unquantized model.")],
+    checkpoints: Annotated[list[Path], typer.Argument(help="Quantized checkpoint folders.")],
+    text: Annotated[
+        str | None, typer.Option(help="Evaluation text or JSONL. Default: the shipped sample.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Input lengths in tokens.")] = ",".join(
+        map(str, defaults.EVALUATION_LENGTHS)
+    ),
+    windows: Annotated[
+        int, typer.Option(help="Target blocks of 32 tokens.")
+    ] = defaults.EVALUATION_WINDOWS,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """KL divergence to BASE and perplexity of the same tokens under inputs of several lengths."""
+    results = maca_llmc.evaluate(
+        base,
+        checkpoints,
+        text=text,
+        lengths=_numbers(lengths, "--lengths") or [],
+        windows=windows,
+        device=device,
+    )
+    if output is not None:
+        from maca_llmc.record import write_json
+
+        write_json(output, results)
+    _print_table(results)
+
+
+def _print_table(results: dict[str, Any]) -> None:
+    lengths = results["settings"]["lengths"]
+    for title, key, value in (
+        ("KL divergence to the base, nats per token", "kl", "mean"),
+        ("perplexity", "perplexity", "ppl"),
+    ):
+        table = Table(title=f"{title} (± standard error over windows)")
+        table.add_column("checkpoint")
+        for length in lengths:
+            table.add_column(f"{length} tokens", justify="right")
+        for entry in results["checkpoints"]:
+            cells = [entry[key][str(length)] for length in lengths]
+            table.add_row(
+                entry["name"], *(f"{cell[value]:.4g} ± {cell['stderr']:.2g}" for cell in cells)
+            )
+        Console().print(table)

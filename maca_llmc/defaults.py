@@ -1,0 +1,16 @@
+"""Defaults that the commands and the Python calls share."""
+
+MODEL = "smollm2-135m-instruct"
+"""The embedded model."""
+
+SCALES = (128, 256, 512, 1024, 2048)
+"""Calibration lengths, in tokens."""
+
+TOKENS = 65_536
+"""Calibration budget, in tokens."""
+
+EVALUATION_LENGTHS = (64, 256, 1024)
+"""Input lengths to evaluate at, in tokens."""
+
+EVALUATION_WINDOWS = 16
+"""Target blocks to evaluate on."""

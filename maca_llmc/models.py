@@ -1,0 +1,118 @@
+"""Find, check and load the model to quantize: the embedded one, a folder, or a hub name."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from llmcompressor.modeling.moe.linearize import linearize_moe, load_quantizable_moe
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+
+from maca_llmc import smollm2
+from maca_llmc.errors import UserError
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+def resolve_model(model: str) -> str:
+    """The folder or hub name to load: the embedded model's name becomes its folder.
+
+    :raises UserError: for a folder that is missing or has no safetensors weights
+    """
+    if model == smollm2.NAME:
+        return str(smollm2.embedded_model())
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return str(folder)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return model
+    raise UserError(
+        f"model folder {model} does not exist: give a folder, a hub name (org/name) or "
+        f"{smollm2.NAME!r}"
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model folder {folder} has no config.json: is it a Hugging Face model?")
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        raise UserError(
+            f"model folder {folder} has no safetensors weights: save the model with "
+            "`save_pretrained` (pickled weights are not read)"
+        )
+
+
+def load_config(source: str) -> Any:
+    """The configuration of an unquantized model.
+
+    :raises UserError: when it cannot be read, or says that the model is quantized already
+    """
+    with _readable(source):
+        config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"model {source} is quantized already: give the unquantized one")
+    return config
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of ``source``.
+
+    :raises UserError: when there is none
+    """
+    with _readable(source):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def load_model(source: str, config: Any) -> Any:
+    """The model on the CPU in its own dtype, experts as separate Linears.
+
+    llm-compressor moves one layer at a time to the device, so the model may be larger than it.
+
+    :raises UserError: when its weights cannot be read
+    """
+    model_class = model_class_of(config)
+    with _readable(source), load_quantizable_moe(model_class):
+        return model_class.from_pretrained(source, dtype="auto", use_safetensors=True).eval()
+
+
+def meta_model(config: Any) -> Any:
+    """The model without weights: its modules and their shapes."""
+    with torch.device("meta"):
+        return linearize_moe(model_class_of(config)._from_config(config))
+
+
+def model_class_of(config: Any) -> Any:
+    """The class a checkpoint names, so that a multimodal one keeps all its parts."""
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return AutoModelForCausalLM
+
+
+def context_length(config: Any) -> int | None:
+    """Longest input in tokens, None when the configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def save_processor(source: str, folder: Path) -> None:
+    """Write the processor of a multimodal model, or the tokenizer, with its chat template."""
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError):  # no preprocessor files: a text model, or one stripped of them
+        processor = AutoTokenizer.from_pretrained(source)
+    processor.save_pretrained(folder)
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot load model {source}: {reason} (a hub name needs the network or a local copy)"
+        ) from error

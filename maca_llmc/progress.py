@@ -1,0 +1,71 @@
+"""Progress by layer, with an estimate of what is left, in place of one bar per batch."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from typing import Any
+
+import torch
+import tqdm
+from compressed_tensors.utils import patch_attr
+from loguru import logger
+
+PASSES = 2
+"""The sequential pipeline runs each layer twice: to calibrate it, then to pass on its outputs."""
+
+
+@contextmanager
+def layer_progress(layers: list[torch.nn.Module], batches: int) -> Iterator[None]:
+    """Show one bar over all layers while llm-compressor's own bars and chatter are quiet.
+
+    :param layers: the decoder layers in order
+    :param batches: calibration batches that go through each
+    """
+    bar = tqdm.tqdm(
+        total=len(layers) * batches * PASSES,
+        desc=f"layer 1/{len(layers)}",
+        bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} elapsed, {remaining} left",
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+    )
+    handles = [
+        layer.register_forward_hook(_advance(bar, index, len(layers)))
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        with quiet():
+            yield
+        bar.update(bar.total - bar.n)
+    finally:
+        bar.close()
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Switch off the progress bars of the libraries underneath."""
+    with patch_attr(tqdm.tqdm, "__init__", partialmethod(tqdm.tqdm.__init__, disable=True)):
+        yield
+
+
+def log_warnings_once() -> None:
+    """Show llm-compressor's warnings on standard error, each once, and nothing below them."""
+    seen: set[str] = set()
+
+    def first_time(record: Any) -> bool:
+        if record["message"] in seen or record["message"].startswith("No accelerator available"):
+            return False
+        seen.add(record["message"])
+        return True
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{level}: {message}", filter=first_time)
+
+
+def _advance(bar: Any, index: int, total: int) -> Any:
+    def hook(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        bar.set_description_str(f"layer {index + 1}/{total}", refresh=False)
+        bar.update(1)
+
+    return hook

@@ -1,0 +1,95 @@
+"""Read a recipe file strictly, or make the default one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from maca_llmc.errors import UserError
+from maca_llmc.llmcompressor_api import QuantizationMixin, Recipe
+from maca_llmc.modifier import MaCaModifier
+from maca_llmc.schemes import default_ignore, dividing_group_sizes, linear_widths
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Parse a YAML recipe; unlike llm-compressor, refuse what would be dropped silently.
+
+    :raises UserError: for a file that is missing, broken or parses to no modifier, a stage or
+        group key with the wrong ending, an unknown modifier or an unknown or wrong field
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist: see recipes/ for ready ones")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
+    _check_structure(path, content)
+    try:
+        return Recipe.create_instance(str(path))
+    except ValidationError as error:
+        raise UserError(f"recipe {path}: {_first_problem(error)}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"recipe {path}: {_one_line(error)}") from error
+
+
+def default_recipe(model: torch.nn.Module) -> Recipe:
+    """W4A16 by MaCa, with the largest usual group size that divides the model's widths.
+
+    :param model: its shapes are enough (meta device)
+    """
+    ignore = default_ignore(model)
+    sizes = dividing_group_sizes(linear_widths(model, ["Linear"], ignore).values())
+    weights: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": True}
+    if sizes:
+        weights |= {"strategy": "group", "group_size": sizes[0]}
+    else:
+        weights |= {"strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return Recipe.from_modifiers(MaCaModifier(config_groups=groups, ignore=ignore))
+
+
+def quantizing_modifier(recipe: Recipe) -> Any:
+    """The modifier of a recipe that holds the quantization schemes.
+
+    :raises UserError: when there is none
+    """
+    for modifier in recipe.modifiers:
+        if isinstance(modifier, QuantizationMixin):
+            return modifier
+    raise UserError("the recipe quantizes nothing: add a MaCaModifier or GPTQModifier")
+
+
+def _check_structure(path: Path, content: Any) -> None:
+    expected = "expected NAME_stage: {NAME_modifiers: {MaCaModifier: {...}}}"
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"recipe {path} parses to nothing: {expected}")
+    for stage, groups in content.items():
+        if stage == "args":
+            continue
+        if not str(stage).endswith("_stage") or not isinstance(groups, dict):
+            raise UserError(f"recipe {path}: key {stage!r} does not end in _stage: {expected}")
+        for group, modifiers in groups.items():
+            if not str(group).endswith("_modifiers") or not isinstance(modifiers, dict):
+                raise UserError(
+                    f"recipe {path}: key {group!r} does not end in _modifiers: {expected}"
+                )
+            for name, fields in modifiers.items():
+                if not isinstance(fields, dict):
+                    raise UserError(f"recipe {path}: {name} has no fields: give it a scheme")
+    if not any(modifiers for stage in content.values() for modifiers in stage.values()):
+        raise UserError(f"recipe {path} parses to no modifier: {expected}")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field {where!r} of {error.title}: check its spelling"
+    return f"{error.title}: {where + ': ' if where else ''}{problem['msg']}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,114 @@
+"""What a run leaves in its checkpoint folder: the run record and the model card."""
+
+import json
+import os
+import platform
+import resource
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+RECORD_FILE = "maca_run.json"
+PACKAGES = ("maca-llmc", "llmcompressor", "compressed-tensors", "transformers", "torch")
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+`{base}` quantized to **{scheme}** by {method} with
+[maca-llmc](https://pypi.org/project/maca-llmc), in the compressed-tensors format.
+
+```bash
+vllm serve {name}
+```
+
+- calibration: {sequences} sequences, {tokens} tokens of {source}; lengths {lengths}; seed {seed}
+- `recipe.yaml` holds the recipe, `{record_file}` the run record (versions, data hash, losses)
+
+The licence is that of the base model{license_note}.
+"""
+
+
+def machine() -> dict[str, Any]:
+    """The machine a number was measured on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the result."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Peak resident memory of this process and peak device memory, in bytes."""
+    return {
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_bytes": (
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        ),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` beside ``path``, then rename, so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def base_license(source: str) -> str | None:
+    """The licence on the base model's card, None when it has no card that can be read."""
+    card = Path(source) / "README.md" if Path(source).is_dir() else source
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+
+
+def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
+    """Write the model card ``README.md`` from a run record."""
+    license_name, calibration = record["license"], record["calibration"]
+    data = ModelCardData(
+        base_model=record["base_model"],
+        license=license_name,
+        library_name="transformers",
+        tags=["compressed-tensors", "gptq", "maca", "vllm"],
+    )
+    text = CARD.format(
+        metadata=data.to_yaml(),
+        name=name,
+        base=record["base_model"],
+        scheme=record["scheme"],
+        method=record["method"],
+        sequences=calibration["sequences"],
+        tokens=calibration["tokens"],
+        source=calibration["source"],
+        lengths=", ".join(f"{k} x {v}" for k, v in calibration["lengths"].items()),
+        seed=record["seed"],
+        record_file=RECORD_FILE,
+        license_note=f" ({license_name})" if license_name else "; its card names none",
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()

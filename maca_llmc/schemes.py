@@ -1,0 +1,120 @@
+"""Which Linears a recipe quantizes, how, and whether their widths allow it."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from compressed_tensors.utils import match_named_modules
+
+from maca_llmc.errors import UserError
+
+GROUP_SIZES = (128, 64, 32)
+"""Group sizes that vLLM's kernels take, best known first."""
+
+OTHER_GROUP_SIZES = (256, 192, 96, 48, 16)
+
+LEFT_ALONE = (
+    "lm_head",
+    r"re:.*(vision|visual|audio).*",
+    r"re:.*multi_modal_projector.*",
+    r"re:.*mlp\.gate$",
+    r"re:.*router.*",
+)
+"""What stays unquantized by default: output head, other modalities, and routers of experts."""
+
+
+def default_ignore(model: torch.nn.Module) -> list[str]:
+    """The entries of ``LEFT_ALONE`` that match anything in ``model``."""
+    names = [name for name, _ in model.named_modules()]
+    return [
+        entry
+        for entry in LEFT_ALONE
+        if any(
+            re.match(entry[3:], name) if entry.startswith("re:") else name == entry
+            for name in names
+        )
+    ]
+
+
+def linear_widths(
+    model: torch.nn.Module, targets: Iterable[str], ignore: Iterable[str]
+) -> dict[str, int]:
+    """Input width of each Linear that ``targets`` and ``ignore`` leave to quantize, by name."""
+    return {
+        name: module.in_features
+        for name, module in match_named_modules(model, list(targets), list(ignore))
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def dividing_group_sizes(widths: Iterable[int]) -> list[int]:
+    """Usual group sizes that divide every width, best first."""
+    widths = set(widths)
+    return [
+        size
+        for size in (*GROUP_SIZES, *OTHER_GROUP_SIZES)
+        if all(width % size == 0 for width in widths)
+    ]
+
+
+def check_schemes(modifier: Any, model: torch.nn.Module) -> None:
+    """Check a quantization modifier's schemes against a model's shapes (meta device will do).
+
+    :raises UserError: when it targets nothing, or a group size does not divide a width; says
+        which group sizes would
+    """
+    ignore = list(modifier.ignore)
+    if not linear_widths(model, modifier.resolved_targets, ignore):
+        raise UserError(
+            f"the recipe's targets {sorted(modifier.resolved_targets)} match no Linear of the "
+            "model: use targets: [Linear]"
+        )
+    for scheme in modifier.resolved_config.config_groups.values():
+        size = _group_size(scheme)
+        if size is None:
+            continue
+        widths = linear_widths(model, scheme.targets, ignore)
+        wrong = {name: width for name, width in widths.items() if width % size}
+        if wrong:
+            name, width = next(iter(wrong.items()))
+            would = dividing_group_sizes(widths.values())
+            cure = f"{', '.join(map(str, would))} would" if would else "none of the usual ones does"
+            raise UserError(
+                f"group size {size} does not divide the input width of {len(wrong)} of "
+                f"{len(widths)} Linears, first {name} ({width}): {cure}, and strategy: channel "
+                "needs none"
+            )
+
+
+def describe_scheme(scheme: QuantizationScheme) -> str:
+    """Such as ``W4A16 int, group 64, symmetric``."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    activation_bits = inputs.num_bits if inputs is not None else 16
+    if weights is None:
+        return f"A{activation_bits} only"
+    symmetry = "symmetric" if weights.symmetric else "asymmetric"
+    kind = QuantizationType(weights.type).value
+    return f"W{weights.num_bits}A{activation_bits} {kind}, {_granularity(weights)}, {symmetry}"
+
+
+def _granularity(weights: QuantizationArgs) -> str:
+    if weights.strategy == QuantizationStrategy.GROUP:
+        return f"group {weights.group_size}"
+    return QuantizationStrategy(weights.strategy).value
+
+
+def _group_size(scheme: QuantizationScheme) -> int | None:
+    weights = scheme.weights
+    if weights is None or weights.strategy not in (
+        QuantizationStrategy.GROUP,
+        QuantizationStrategy.TENSOR_GROUP,
+    ):
+        return None
+    return weights.group_size
