@@ -1,9 +1,9 @@
 """Progress by layer, with an estimate of what is left, in place of one bar per batch."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partialmethod
 from typing import Any
 
 import torch
@@ -44,8 +44,15 @@ def layer_progress(layers: list[torch.nn.Module], batches: int) -> Iterator[None
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Switch off the progress bars of the libraries underneath."""
-    with patch_attr(tqdm.tqdm, "__init__", partialmethod(tqdm.tqdm.__init__, disable=True)):
+    """Switch off the progress bars of the libraries underneath; one opened before stays."""
+    original = tqdm.tqdm.__init__
+
+    def disabled(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs | {"disable": True})
+
+    with patch_attr(tqdm.tqdm, "__init__", disabled), warnings.catch_warnings():
+        # what llm-compressor loads on the CPU counts as offloaded, which saving then warns of
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
         yield
 
 
@@ -54,9 +61,10 @@ def log_warnings_once() -> None:
     seen: set[str] = set()
 
     def first_time(record: Any) -> bool:
-        if record["message"] in seen or record["message"].startswith("No accelerator available"):
+        message, level = record["message"], record["level"].name
+        if message in seen or level == "METRIC" or message.startswith("No accelerator available"):
             return False
-        seen.add(record["message"])
+        seen.add(message)
         return True
 
     logger.remove()

@@ -28,7 +28,7 @@ from maca_llmc.llmcompressor_api import (
 )
 from maca_llmc.modifier import MaCaModifier
 from maca_llmc.progress import layer_progress, log_warnings_once, quiet
-from maca_llmc.recipes import default_recipe, quantizing_modifier, read_recipe
+from maca_llmc.recipes import default_recipe, quantizing_modifier, read_recipe, save_recipe
 from maca_llmc.schemes import check_schemes, describe_scheme, linear_widths
 
 
@@ -78,8 +78,7 @@ def quantize(
     :param model: the embedded model's name, a folder, or a hub name
     :param recipe: YAML file; by default W4A16 by MaCa, with a group size that divides the widths
     :param data: text, JSONL, folder, hub name or ``Dataset``; the shipped English sample if None
-    :param scales: calibration lengths in tokens; by default those of ``maca_llmc.defaults`` that fit
-        the model's context
+    :param scales: calibration lengths in tokens; by default ``defaults.SCALES`` up to the context
     :param tokens: calibration budget
     :param balance: "tokens" or "counts": what every scale gets the same of
     :param whole_documents: documents at their natural length instead of windows
@@ -135,6 +134,7 @@ def quantize(
         with run.timed("save"), quiet():
             quantized.save_pretrained(partial)
             models.save_processor(source, partial)
+            save_recipe(parsed, partial)
         _write_records(run, quantized, partial, output.name, container)
     return output
 
@@ -230,8 +230,12 @@ def _written_whole(output: Path) -> Iterator[Path]:
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir()
+    umask = os.umask(0)
+    os.umask(umask)
     try:
         yield partial
+        for file in partial.iterdir():
+            file.chmod(0o666 & ~umask)  # safetensors writes for its owner only
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)

@@ -1,5 +1,6 @@
 """Read a recipe file strictly, or make the default one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def default_recipe(model: torch.nn.Module) -> Recipe:
         weights |= {"strategy": "channel"}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     return Recipe.from_modifiers(MaCaModifier(config_groups=groups, ignore=ignore))
+
+
+def save_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write ``recipe.yaml`` with all fields resolved, in plain YAML.
+
+    llm-compressor's own dump holds Python tags for enumerations, which a safe loader refuses.
+    """
+    plain = json.loads(json.dumps(recipe.to_dict()))
+    text = yaml.safe_dump(plain, sort_keys=False)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
 def quantizing_modifier(recipe: Recipe) -> Any:
