@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from maca_llmc.errors import CalibrationError
+
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -12,20 +14,20 @@ def refuse_length_dependence(config: Any) -> None:
     short one, if positions do not depend on the length either.
 
     :param config: a transformers configuration; of a multimodal model, its text part is looked at
-    :raises ValueError: for bidirectional attention, and for RoPE scaling that depends on the
+    :raises CalibrationError: for bidirectional attention, and for RoPE scaling that depends on the
         length (dynamic, longrope)
     """
     text = config.get_text_config()
     if getattr(text, "is_causal", True) is False or getattr(
         text, "use_bidirectional_attention", None
     ) in (True, "all"):
-        raise ValueError(
+        raise CalibrationError(
             f"nested_scales needs causal attention and {text.model_type!r} attends in both "
             "directions: remove nested_scales"
         )
     for rope_type in _rope_types(getattr(text, "rope_parameters", None) or {}):
         if any(kind in rope_type for kind in LENGTH_DEPENDENT_ROPE):
-            raise ValueError(
+            raise CalibrationError(
                 f"nested_scales needs positions that do not depend on the length and "
                 f"{text.model_type!r} uses {rope_type!r} RoPE scaling: remove nested_scales"
             )

@@ -14,12 +14,13 @@ from maca_llmc import defaults
 from maca_llmc.errors import UserError
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Quantize a model with length-aware calibration, and see how far it is from its base.",
 )
 
+UsageError: Any = typer.BadParameter.__base__  # of typer's own copy of click
+INTERRUPTED = 130
 CHECKPOINT_NEXT = "try it: maca-serve up {folder}   (in the serve environment, .venv-serve)"
 
 
@@ -28,12 +29,16 @@ def main() -> None:
     if find_spec("llmcompressor") is None:
         sys.exit(_fail(maca_llmc.MISSING))
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
-        sys.exit(_fail(str(error)))
-    except KeyboardInterrupt:
+        code = _fail(str(error))
+    except UsageError as error:
+        code = _fail(f"{error.format_message()} (see maca-llmc --help)")
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # typer may have turned the KeyboardInterrupt into it
         _fail("interrupted; nothing was left behind")
-        sys.exit(130)
+    sys.exit(code)
 
 
 def _fail(message: str) -> int:
@@ -145,6 +150,7 @@ def evaluate(
     if output is not None:
         from maca_llmc.record import write_json
 
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, results)
     _print_table(results)
 

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it as ``error: ...`` and exits with code 2.
     """
+
+
+class CalibrationError(UserError, ValueError):
+    """A model, recipe or batch that calibration cannot go on with; in ``oneshot`` a ValueError."""

@@ -91,11 +91,13 @@ def evaluate(
     where = resolve_device(device)
     source = models.resolve_model(base)
     context = models.context_length(models.load_config(source))
-    _check_lengths(lengths, context)
-    for folder in checkpoints:
-        check_quantized(Path(folder))
     tokenizer = models.load_tokenizer(source)
     prefix = special_prefix(tokenizer)
+    _check_lengths(lengths, len(prefix), context)
+    if windows < 1:
+        raise UserError(f"--windows {windows}: give 1 or more")
+    for folder in checkpoints:
+        check_quantized(Path(folder))
     documents = read_documents(EVALUATION_SAMPLE if text is None else text)
     ids = [tokenize(tokenizer, document, prefix) for document in documents]
     spans = cut_spans(ids, lengths[-1] - len(prefix), windows)
@@ -130,17 +132,24 @@ def check_quantized(folder: Path) -> None:
     :raises UserError: says what is missing
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a checkpoint: it has no config.json")
-    if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is None:
+        raise UserError(
+            f"{folder} is not a checkpoint (it has no config.json): give the folder that "
+            "maca-llmc quantize wrote"
+        )
+    models.check_folder(folder)
+    if getattr(models.read_config(str(folder)), "quantization_config", None) is None:
         raise UserError(f"{folder} is not a quantized checkpoint: make one with maca-llmc quantize")
 
 
-def _check_lengths(lengths: Sequence[int], context: int | None) -> None:
+def _check_lengths(lengths: Sequence[int], overhead: int, context: int | None) -> None:
     shown = ",".join(map(str, lengths))
-    if not lengths or sorted(set(lengths)) != list(lengths) or lengths[0] <= TARGETS:
-        raise UserError(f"lengths {shown}: give increasing lengths of more than {TARGETS} tokens")
+    least = TARGETS + max(overhead, 1)  # each target is predicted from something
+    if not lengths or sorted(set(lengths)) != list(lengths) or lengths[0] < least:
+        raise UserError(f"lengths {shown}: give increasing lengths of {least} tokens or more")
     if context is not None and lengths[-1] > context:
-        raise UserError(f"length {lengths[-1]} is longer than the model's context ({context})")
+        raise UserError(
+            f"length {lengths[-1]} is longer than the model's context ({context}): lower it"
+        )
 
 
 def _load(source: str, device: torch.device) -> Any:

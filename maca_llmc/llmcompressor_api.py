@@ -4,21 +4,31 @@
 an upgrade that moves something fails there and says what moved.
 """
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from compressed_tensors.distributed import is_source_process
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization.utils import calculate_range
 from compressed_tensors.utils import get_execution_device, match_named_modules, patch_attr
+from compressed_tensors.utils.impl_backend import ImplBackend
+from llmcompressor.modeling.moe.conversion_mappings import has_linearize_load_mappings
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, load_quantizable_moe
 from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq import base as gptq_base
-from llmcompressor.modifiers.gptq.helpers import make_empty_hessian
+from llmcompressor.modifiers.gptq.helpers import column_scale_window, make_empty_hessian
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+
+from maca_llmc.sweep import sweep_block
 
 __all__ = [
     "GPTQModifier",
@@ -31,7 +41,9 @@ __all__ = [
     "forget_causal_masks",
     "is_source_process",
     "keep_causal_masks",
+    "loading_separate_experts",
     "recorded_losses",
+    "separate_experts",
 ]
 
 LossCallback = Callable[[torch.nn.Module, float], None]
@@ -43,9 +55,51 @@ def empty_hessian(module: torch.nn.Module) -> torch.Tensor:
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that the sequential pipeline will run one by one."""
+    """The modules that the sequential pipeline will run one by one, on text.
+
+    The layers of a vision tower count as targets too and are never called by text.
+    """
     targets = infer_sequential_targets(model, None)
-    return [module for _, module in match_named_modules(model, targets)]
+    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[operator]
+    return [module for _, module in match_named_modules(decoder, targets)]
+
+
+def separate_experts(model: Any) -> Any:
+    """Give a model without weights (meta device) its experts as the Linears they are loaded as.
+
+    llm-compressor's own ``linearize_moe`` copies weights and offloads them, which meta cannot.
+    """
+    for name, experts in get_non_linearized_moes(model):
+        fused: Any = type(experts)
+        separate = LinearExperts2D.get_linear_experts_cls(fused)
+        model.set_submodule(name, separate(getattr(experts, "config", model.config)))
+    return model
+
+
+@contextmanager
+def loading_separate_experts(model_class: Any, model_type: str) -> Iterator[None]:
+    """While open, have ``model_class.from_pretrained`` load experts as separate Linears.
+
+    For that, llm-compressor has transformers list all of its modules, some of which cannot be
+    listed without torchvision. Nothing here is in those: they are shown as empty.
+    """
+    with ExitStack() as stack:
+        if has_linearize_load_mappings(model_type):
+            for module in _unlistable_modules():
+                stack.enter_context(patch_attr(module, "__dir__", lambda: []))
+        stack.enter_context(load_quantizable_moe(model_class))
+        yield
+
+
+def _unlistable_modules() -> list[ModuleType]:
+    unlistable = []
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers."):
+            try:
+                dir(module)
+            except ImportError:
+                unlistable.append(module)
+    return unlistable
 
 
 def keep_causal_masks(config: Any) -> None:
@@ -105,6 +159,49 @@ def recorded_losses(callback: LossCallback) -> Iterator[None]:
         patch_attr(gptq_base, "CompressionLogger", RecordingLogger),
     ):
         yield
+
+
+def _compiled_sweep_runs(W1: torch.Tensor, *_: Any, scale: Any, quant_args: Any, **__: Any) -> bool:
+    return (
+        W1.device.type == "cpu"
+        and W1.dtype == torch.float32
+        and scale.dtype in (torch.float32, torch.bfloat16)
+        and quant_args.type == QuantizationType.INT
+    )
+
+
+@ImplBackend.register("gptq_block_update", _compiled_sweep_runs, 1)
+def _gptq_block_update_compiled(
+    W1: torch.Tensor,
+    Hinv1: torch.Tensor,
+    Q1: torch.Tensor,
+    Err1: torch.Tensor,
+    losses1: torch.Tensor,
+    *,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    global_scale: torch.Tensor | None,
+    g_idx: torch.Tensor | None,
+    quant_args: QuantizationArgs,
+    i1: int,
+) -> None:
+    """llm-compressor's ``gptq_block_update`` on the CPU; same arguments, same codes."""
+    rows, width = W1.shape[-2:]
+    step, zero = column_scale_window(
+        scale, zero_point, global_scale, g_idx, quant_args, num_rows=rows, i1=i1, i2=i1 + width
+    )
+    low, high = calculate_range(quant_args, W1.device)
+    for index in range(W1.shape[0]):
+        sweep_block(
+            W1[index],
+            Hinv1[index],
+            step.expand(W1.shape)[index],
+            None if zero is None else zero.expand(W1.shape)[index],
+            (float(low), float(high)),
+            Q1[index],
+            Err1[index],
+        )
+    losses1.copy_(Err1.square())
 
 
 def output_energy(weights: torch.Tensor, hessians: torch.Tensor) -> list[float]:

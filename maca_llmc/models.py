@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import transformers
-from llmcompressor.modeling.moe.linearize import linearize_moe, load_quantizable_moe
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from maca_llmc import smollm2
 from maca_llmc.errors import UserError
+from maca_llmc.llmcompressor_api import loading_separate_experts, separate_experts
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
@@ -26,7 +26,7 @@ def resolve_model(model: str) -> str:
         return str(smollm2.embedded_model())
     folder = Path(model).expanduser()
     if folder.is_dir():
-        _check_folder(folder)
+        check_folder(folder)
         return str(folder)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return model
@@ -36,7 +36,11 @@ def resolve_model(model: str) -> str:
     )
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no model.
+
+    :raises UserError: when it has no configuration or no safetensors weights
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {folder} has no config.json: is it a Hugging Face model?")
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
@@ -46,13 +50,21 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def read_config(source: str) -> Any:
+    """The configuration of ``source``, quantized or not.
+
+    :raises UserError: when it cannot be read
+    """
+    with _readable(source):
+        return AutoConfig.from_pretrained(source)
+
+
 def load_config(source: str) -> Any:
     """The configuration of an unquantized model.
 
     :raises UserError: when it cannot be read, or says that the model is quantized already
     """
-    with _readable(source):
-        config = AutoConfig.from_pretrained(source)
+    config = read_config(source)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {source} is quantized already: give the unquantized one")
     return config
@@ -75,14 +87,14 @@ def load_model(source: str, config: Any) -> Any:
     :raises UserError: when its weights cannot be read
     """
     model_class = model_class_of(config)
-    with _readable(source), load_quantizable_moe(model_class):
+    with _readable(source), loading_separate_experts(model_class, config.model_type):
         return model_class.from_pretrained(source, dtype="auto", use_safetensors=True).eval()
 
 
 def meta_model(config: Any) -> Any:
     """The model without weights: its modules and their shapes."""
     with torch.device("meta"):
-        return linearize_moe(model_class_of(config)._from_config(config))
+        return separate_experts(model_class_of(config)._from_config(config))
 
 
 def model_class_of(config: Any) -> Any:
@@ -98,13 +110,19 @@ def context_length(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def save_processor(source: str, folder: Path) -> None:
-    """Write the processor of a multimodal model, or the tokenizer, with its chat template."""
+def load_processor(source: str, tokenizer: Any) -> Any:
+    """The processor of a multimodal model; ``tokenizer`` for a model that has none.
+
+    :raises UserError: when it needs a package that is not installed
+    """
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        return AutoProcessor.from_pretrained(source)
     except (OSError, ValueError):  # no preprocessor files: a text model, or one stripped of them
-        processor = AutoTokenizer.from_pretrained(source)
-    processor.save_pretrained(folder)
+        return tokenizer
+    except ImportError as error:
+        raise UserError(
+            f"the processor of {source} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
 
 
 @contextmanager

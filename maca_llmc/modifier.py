@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import distributed as dist
 
 from maca_llmc.causality import refuse_length_dependence
+from maca_llmc.errors import CalibrationError
 from maca_llmc.hessian import add_rows, fill_dead_columns
 from maca_llmc.inspection import DiagonalRecorder
 from maca_llmc.llmcompressor_api import (
@@ -56,16 +57,16 @@ class MaCaModifier(GPTQModifier):
     - tokens that a router picked (experts, with ``moe_calibrate_all_experts=False``) cannot be
       mapped back: each gets the mean weight of the batch's tokens, which for a batch of one
       sequence without nesting is exactly its own. In a padded batch they could be padding, so
-      that is refused with a ``ValueError``: use batches of one;
+      that is refused with a ``CalibrationError``: use batches of one;
     - inputs of other proportions (vision patches, cross attention) are taken row by row.
 
     Where all tokens weigh the same, the Hessian is GPTQ's and so is its dampening. Otherwise dead
     columns get the mean diagonal of the live ones (see ``hessian.fill_dead_columns``).
 
-    Calibration fails with a ``ValueError`` naming the module on NaN or infinity in its inputs, and
-    on a targeted module that the model never calls (add it to ``ignore``). A module that is called
-    but sees no token (an expert no token was routed to) is rounded to nearest and named in a
-    warning.
+    Calibration fails with a ``CalibrationError`` (a ``ValueError``) naming the module on NaN or
+    infinity in its inputs, and on a targeted module that the model never calls (add it to
+    ``ignore``). A module that is called but sees no token (an expert no token was routed to) is
+    rounded to nearest and named in a warning.
     """
 
     length_exponent: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -132,7 +133,7 @@ class MaCaModifier(GPTQModifier):
             and module not in self._done
         ]
         if missed:
-            raise ValueError(
+            raise CalibrationError(
                 f"{len(missed)} targeted modules were never called in calibration, first "
                 f"{missed[0]!r}: add them to the recipe's ignore list"
             )
@@ -206,7 +207,7 @@ class MaCaModifier(GPTQModifier):
         layout = self._layout
         assert layout is not None  # split_sequences maps every input outside of a batch
         if layout.valid is not None:
-            raise ValueError(
+            raise CalibrationError(
                 f"{self._module_names[module]}: routed tokens of a padded batch could be padding; "
                 "calibrate with batches of one, or with moe_calibrate_all_experts=True"
             )
@@ -218,7 +219,7 @@ class MaCaModifier(GPTQModifier):
     def _complete(self, module: torch.nn.Module) -> None:
         name, hessian = self._module_names[module], self._hessians[module]
         if not torch.isfinite(hessian).all():
-            raise ValueError(
+            raise CalibrationError(
                 f"{name}: its inputs hold NaN or infinity; check the model's weights and dtype"
             )
         unseen = not hessian.diagonal().any()

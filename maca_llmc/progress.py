@@ -14,6 +14,9 @@ from loguru import logger
 PASSES = 2
 """The sequential pipeline runs each layer twice: to calibrate it, then to pass on its outputs."""
 
+NOT_NEWS = ("No accelerator available", "Disabling tokenizer parallelism")
+"""How warnings begin that there is nothing to do about."""
+
 
 @contextmanager
 def layer_progress(layers: list[torch.nn.Module], batches: int) -> Iterator[None]:
@@ -62,7 +65,7 @@ def log_warnings_once() -> None:
 
     def first_time(record: Any) -> bool:
         message, level = record["message"], record["level"].name
-        if message in seen or level == "METRIC" or message.startswith("No accelerator available"):
+        if message in seen or level == "METRIC" or message.startswith(NOT_NEWS):
             return False
         seen.add(message)
         return True

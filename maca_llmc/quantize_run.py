@@ -13,7 +13,7 @@ import torch
 from llmcompressor import oneshot
 
 from maca_llmc import defaults, models, record, smollm2
-from maca_llmc.containers import CONTAINER_BITS, widen_containers
+from maca_llmc.containers import CONTAINER_BITS, check_container, widen_containers
 from maca_llmc.data import CalibrationSet, build_calibration_set
 from maca_llmc.device import resolve_device
 from maca_llmc.errors import UserError
@@ -41,6 +41,7 @@ class Run:
     recipe: Recipe
     modifier: Any
     calibration: CalibrationSet
+    processor: Any
     recorder: DiagonalRecorder
     losses: dict[str, float] = field(default_factory=dict)
     wall_seconds: dict[str, float] = field(default_factory=dict)
@@ -106,12 +107,16 @@ def quantize(
     parsed = parsed or default_recipe(shapes)
     modifier = quantizing_modifier(parsed)
     check_schemes(modifier, shapes)
+    if container:
+        check_container(modifier.resolved_config.config_groups.values())
     _check_disk(output, shapes)
     context = models.context_length(config)
     if scales is None and not whole_documents:
         scales = [scale for scale in defaults.SCALES if context is None or scale <= context]
+    tokenizer = models.load_tokenizer(source)
+    processor = models.load_processor(source, tokenizer)
     calibration = build_calibration_set(
-        models.load_tokenizer(source),
+        tokenizer,
         source=data,
         scales=scales,
         tokens=tokens,
@@ -125,7 +130,7 @@ def quantize(
     )
     names = list(linear_widths(shapes, modifier.resolved_targets, modifier.ignore))
     recorder = DiagonalRecorder(inspected_modules(names), scales or defaults.SCALES)
-    run = Run(source, config, parsed, modifier, calibration, recorder)
+    run = Run(source, config, parsed, modifier, calibration, processor, recorder)
 
     with _written_whole(output) as partial:
         quantized = _calibrate(run, batch_size, target)
@@ -133,7 +138,7 @@ def quantize(
             widen_containers(quantized)
         with run.timed("save"), quiet():
             quantized.save_pretrained(partial)
-            models.save_processor(source, partial)
+            processor.save_pretrained(partial)
             save_recipe(parsed, partial)
         _write_records(run, quantized, partial, output.name, container)
     return output
@@ -154,10 +159,7 @@ def _calibrate(run: Run, batch_size: int, device: torch.device) -> Any:
             layer_progress(decoder_layers(model), len(loader)),
             recorded_losses(lambda module, loss: run.losses.update({names[module]: loss})),
         ):
-            oneshot(model=model, dataset=loader, recipe=run.recipe)
-    except ValueError as error:
-        # what llm-compressor and our modifier find wrong with a model, recipe or activations
-        raise UserError(" ".join(str(error).split())) from error
+            oneshot(model=model, processor=run.processor, dataset=loader, recipe=run.recipe)
     finally:
         forget_causal_masks(model.config)
     return model
@@ -210,12 +212,15 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"output folder {output} is not empty: give another one or --overwrite")
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: give a folder")
+    parent = _existing_parent(output)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"output {output} cannot be made in {parent}: give another one")
 
 
 def _check_disk(output: Path, shapes: torch.nn.Module) -> None:
     """A quantized checkpoint is smaller than its model: that is what must fit."""
     needed = sum(p.numel() * p.element_size() for p in shapes.parameters())
-    parent = next(folder for folder in output.parents if folder.exists())
+    parent = _existing_parent(output)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
@@ -224,20 +229,37 @@ def _check_disk(output: Path, shapes: torch.nn.Module) -> None:
         )
 
 
+def _existing_parent(output: Path) -> Path:
+    return next(folder for folder in output.parents if folder.exists())
+
+
 @contextmanager
 def _written_whole(output: Path) -> Iterator[Path]:
     """A folder to write to, which becomes ``output`` only when the block ends well."""
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir()
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed run that had the same process id
+    partial.mkdir(parents=True)
     umask = os.umask(0)
     os.umask(umask)
     try:
         yield partial
-        for file in partial.iterdir():
-            file.chmod(0o666 & ~umask)  # safetensors writes for its owner only
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~umask)  # safetensors writes for its owner only
+        _put_in_place(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Rename ``partial`` to ``output``; what was there goes only after that."""
+    previous = output.with_name(f".{output.name}.{os.getpid()}.previous")
+    if output.exists():
+        output.rename(previous)
+    try:
+        partial.rename(output)
+    except BaseException:
+        if previous.exists():
+            previous.rename(output)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)

@@ -29,7 +29,11 @@ def read_recipe(path: str | Path) -> Recipe:
         raise UserError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
     _check_structure(path, content)
     try:
-        return Recipe.create_instance(str(path))
+        recipe = Recipe.create_instance(str(path))
+        for modifier in recipe.modifiers:
+            if isinstance(modifier, QuantizationMixin):
+                modifier.resolve_quantization_config()  # schemes are not looked at before
+        return recipe
     except ValidationError as error:
         raise UserError(f"recipe {path}: {_first_problem(error)}") from error
     except (ValueError, TypeError, AttributeError) as error:
@@ -80,17 +84,22 @@ def _check_structure(path: Path, content: Any) -> None:
     for stage, groups in content.items():
         if stage == "args":
             continue
-        if not str(stage).endswith("_stage") or not isinstance(groups, dict):
+        if not str(stage).endswith("_stage"):
             raise UserError(f"recipe {path}: key {stage!r} does not end in _stage: {expected}")
+        if not isinstance(groups, dict):
+            raise UserError(f"recipe {path}: {stage} holds no modifiers: {expected}")
         for group, modifiers in groups.items():
-            if not str(group).endswith("_modifiers") or not isinstance(modifiers, dict):
+            if not str(group).endswith("_modifiers"):
                 raise UserError(
                     f"recipe {path}: key {group!r} does not end in _modifiers: {expected}"
                 )
+            if not isinstance(modifiers, dict):
+                raise UserError(f"recipe {path}: {group} holds no modifiers: {expected}")
             for name, fields in modifiers.items():
                 if not isinstance(fields, dict):
                     raise UserError(f"recipe {path}: {name} has no fields: give it a scheme")
-    if not any(modifiers for stage in content.values() for modifiers in stage.values()):
+    stages = [groups for stage, groups in content.items() if stage != "args"]
+    if not any(modifiers for groups in stages for modifiers in groups.values()):
         raise UserError(f"recipe {path} parses to no modifier: {expected}")
 
 

@@ -76,6 +76,8 @@ def check_schemes(modifier: Any, model: torch.nn.Module) -> None:
             f"the recipe's targets {sorted(modifier.resolved_targets)} match no Linear of the "
             "model: use targets: [Linear]"
         )
+    if modifier.bypass_divisibility_checks:
+        return
     for scheme in modifier.resolved_config.config_groups.values():
         size = _group_size(scheme)
         if size is None:

@@ -39,10 +39,13 @@ def embedded_model() -> Path:
     if folder.is_dir():
         return folder
     partial = folder.with_name(f".{NAME}.{os.getpid()}.partial")
+    source = _gguf_folder()
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same id
     partial.mkdir(parents=True)
     try:
-        _convert(_gguf_folder(), partial)
-        partial.rename(folder)
+        _convert(source, partial)
+        if not folder.is_dir():  # another process may have been faster
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
