@@ -1,0 +1,47 @@
+"""Serve compressed-tensors checkpoints with vLLM, and measure what came out.
+
+Each command of `maca-serve` is a function here, with the same defaults:
+
+    import maca_serve
+
+    with maca_serve.up("runs/demo/maca") as engine:       # maca-serve up
+        print(engine.kernel, engine.url)
+    maca_serve.accuracy(["base", "runs/demo/maca"])        # maca-serve accuracy
+    maca_serve.throughput(["base", "runs/demo/maca"])      # maca-serve throughput
+    maca_serve.compare("base", ["runs/demo/maca"])         # maca-serve compare
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from maca_serve.errors import EngineError, RequestError, UserError
+
+if TYPE_CHECKING:
+    from maca_serve.comparison import compare
+    from maca_serve.measure import accuracy, throughput
+    from maca_serve.serving import up
+
+__version__ = "0.1.0"
+__all__ = [
+    "EngineError",
+    "RequestError",
+    "UserError",
+    "accuracy",
+    "compare",
+    "throughput",
+    "up",
+]
+
+# Imported on first use: `maca-serve --help` must not wait for matplotlib and transformers.
+_HOMES = {
+    "accuracy": "maca_serve.measure",
+    "compare": "maca_serve.comparison",
+    "throughput": "maca_serve.measure",
+    "up": "maca_serve.serving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'maca_serve' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

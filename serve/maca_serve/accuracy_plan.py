@@ -1,0 +1,157 @@
+"""Everything that accuracy needs, prepared and checked before any engine starts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maca_serve.checkpoint import Checkpoint
+from maca_serve.client import Client
+from maca_serve.corpus import Corpus, Tokens, load_tokenizer, read_corpus, tokenize
+from maca_serve.errors import UserError
+from maca_serve.harness import Harness, open_harness
+from maca_serve.perplexity import Inputs, count_tokens, score_perplexity, window_inputs
+from maca_serve.settings import AccuracySettings
+from maca_serve.tasks import (
+    CONTINUATION,
+    Question,
+    make_continuations,
+    read_questions,
+    score_questions,
+)
+from maca_serve.windows import TARGETS, check_lengths
+
+
+@dataclass(frozen=True)
+class AccuracyPlan:
+    """The same token ids for every checkpoint.
+
+    Attributes:
+        settings: as asked.
+        corpus: the evaluation text.
+        inputs: perplexity windows by length.
+        questions: local multiple-choice tasks by name.
+        harness: lm-eval tasks, or None.
+    """
+
+    settings: AccuracySettings
+    corpus: Corpus
+    inputs: Inputs
+    questions: dict[str, list[Question]]
+    harness: Harness | None
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of one checkpoint's windows and questions."""
+        prompts = [p for task in self.questions.values() for q in task for p in q.prompts]
+        return count_tokens(self.inputs) + sum(map(len, prompts))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request: its prompt, and one of output."""
+        prompts = [p for task in self.questions.values() for q in task for p in q.prompts]
+        return 1 + max(self.settings.lengths[-1], *map(len, prompts), 0)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as they go into results."""
+        return {
+            "text": str(self.corpus.path),
+            "text_sha256": self.corpus.sha256,
+            "lengths": list(self.settings.lengths),
+            "windows": self.settings.windows,
+            "targets_per_window": TARGETS,
+            "tasks": list(self.settings.tasks),
+            "limit": self.settings.limit,
+            "seed": self.settings.seed,
+        }
+
+    def score(
+        self, checkpoint: Checkpoint, client: Client, url: str, advance: Callable[[int], None]
+    ) -> dict[str, Any]:
+        """Measure one checkpoint on its running engine.
+
+        Args:
+            checkpoint: what is served.
+            client: of the engine.
+            url: the engine's, for lm-eval.
+            advance: called with the prompt tokens of each finished request.
+
+        Returns:
+            {"perplexity": by length, "tasks": by name}.
+        """
+        perplexity = score_perplexity(client, self.inputs, advance)
+        tasks: dict[str, Any] = {
+            name: score_questions(client, questions, advance)
+            for name, questions in self.questions.items()
+        }
+        if self.harness is not None:
+            limit, seed = self.settings.limit, self.settings.seed
+            tasks |= self.harness.score(checkpoint, url, limit, seed)
+        return {"perplexity": perplexity, "tasks": tasks}
+
+
+def plan_accuracy(settings: AccuracySettings, checkpoints: list[Checkpoint]) -> AccuracyPlan:
+    """Read the text and the tasks, and encode them once for all checkpoints.
+
+    Args:
+        settings: what to measure.
+        checkpoints: one or more; the first one's tokenizer encodes.
+
+    Raises:
+        UserError: lengths that do not fit, text or tasks that cannot be used, or checkpoints
+            whose tokenizers disagree.
+    """
+    contexts = [checkpoint.context for checkpoint in checkpoints if checkpoint.context]
+    check_lengths(settings.lengths, min(contexts, default=None))
+    corpus = read_corpus(settings.text)
+    files, named = _sort_tasks(settings.tasks)
+    first = checkpoints[0]
+    tokenizer = load_tokenizer(first.path)
+    tokens = tokenize(tokenizer, corpus)
+    inputs = window_inputs(tokens, settings.lengths, settings.windows)
+    for other in checkpoints[1:]:
+        _require_same_tokens(first, tokens, other, corpus)
+    limit, seed = settings.limit, settings.seed
+    questions: dict[str, list[Question]] = {}
+    if CONTINUATION in settings.tasks:
+        questions[CONTINUATION] = make_continuations(tokens, tokenizer, limit, seed)
+    for path in files:
+        questions[path.stem] = read_questions(path, tokenizer, limit, seed)
+    harness = open_harness(named) if named else None
+    plan = AccuracyPlan(settings, corpus, inputs, questions, harness)
+    _require_questions_fit(plan, min(contexts, default=None))
+    return plan
+
+
+def _sort_tasks(tasks: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+    """Files, and names for lm-eval."""
+    files = [Path(name) for name in tasks if Path(name).is_file()]
+    named = [name for name in tasks if not Path(name).is_file() and name != CONTINUATION]
+    for name in named:
+        if name.endswith(".jsonl") or "/" in name:
+            raise UserError(f"--tasks: {name}: no such file")
+    titles = [path.stem for path in files] + named
+    for title in titles:
+        if titles.count(title) > 1 or title in (CONTINUATION, "mean"):
+            raise UserError(f"--tasks: the name {title!r} is taken; rename the file")
+    return files, named
+
+
+def _require_same_tokens(
+    first: Checkpoint, tokens: Tokens, other: Checkpoint, corpus: Corpus
+) -> None:
+    if tokenize(load_tokenizer(other.path), corpus) != tokens:
+        raise UserError(
+            f"{other.path}: its tokenizer gives other token ids than that of {first.path}:"
+            " their perplexities cannot be compared"
+        )
+
+
+def _require_questions_fit(plan: AccuracyPlan, context: int | None) -> None:
+    for name, questions in plan.questions.items():
+        longest = max(len(prompt) for question in questions for prompt in question.prompts)
+        if context is not None and longest > context:
+            raise UserError(
+                f"--tasks: {name} has a question of {longest} tokens, longer than the model's"
+                f" context {context}"
+            )

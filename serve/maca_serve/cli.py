@@ -1,0 +1,228 @@
+"""The command `maca-serve`."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from maca_serve.console import err, out
+from maca_serve.errors import EngineError, UserError
+from maca_serve.settings import (
+    CONCURRENCY,
+    INPUT_LEN,
+    LENGTHS,
+    LIMIT,
+    OUTPUT_LEN,
+    WINDOWS,
+)
+from maca_serve.tasks import CONTINUATION
+
+app = typer.Typer(
+    name="maca-serve",
+    help="Serve compressed-tensors checkpoints with vLLM, and measure what came out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _join(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder.")]
+Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Checkpoint folders.")]
+Text = Annotated[
+    Path | None, typer.Option(help=".txt or .jsonl (`text`); the package's sample by default.")
+]
+Lengths = Annotated[str, typer.Option(help="Input lengths in tokens, increasing.")]
+Windows = Annotated[int, typer.Option(help="Target blocks of 32 tokens, same at every length.")]
+Tasks = Annotated[
+    list[str],
+    typer.Option(help="JSONL files, `continuation` or lm-eval names; commas, or repeat it."),
+]
+Limit = Annotated[int, typer.Option(help="At most this many questions of each task.")]
+Concurrency = Annotated[str, typer.Option(help="Requests in flight, one run for each.")]
+InputLen = Annotated[int, typer.Option(help="Prompt tokens of a timed request.")]
+OutputLen = Annotated[int, typer.Option(help="Output tokens of a timed request.")]
+Prompts = Annotated[
+    int | None, typer.Option(help="Requests of a run; 2 for each in flight by default, at least 4.")
+]
+Names = Annotated[
+    str | None, typer.Option(help="Names in results, a,b,c; folder names by default.")
+]
+Output = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
+
+
+@app.command()
+def up(
+    folder: Folder,
+    port: Annotated[int, typer.Option(help="TCP port.")] = 8000,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and output; fit for the machine if unset.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Serve a checkpoint until Ctrl-C, and say which kernel vLLM chose."""
+    from maca_serve import serving
+
+    with serving.up(folder, port=port, max_model_len=max_model_len, host=host) as engine:
+        body = {"model": engine.checkpoint.name, "prompt": "The capital of France is"}
+        _say(f"{engine.checkpoint.name}: {engine.checkpoint.scheme}")
+        _say(f"kernel: {engine.kernel}")
+        _say(f"url:    {engine.url}/v1")
+        _say(f"log:    {engine.log}")
+        _say(
+            f"try:    curl {engine.url}/v1/completions -H 'Content-Type: application/json'"
+            f" -d '{json.dumps(body)}'"
+        )
+        _say("Ctrl-C stops it.")
+        engine.wait()
+
+
+@app.command()
+def accuracy(
+    folders: Folders,
+    text: Text = None,
+    lengths: Lengths = _join(LENGTHS),
+    windows: Windows = WINDOWS,
+    tasks: Tasks = [CONTINUATION],  # noqa: B006
+    limit: Limit = LIMIT,
+    names: Names = None,
+    output: Output = None,
+) -> None:
+    """Perplexity by input length and multiple choice, through the running vLLM."""
+    from maca_serve import measure
+
+    results = measure.accuracy(
+        folders,
+        text=text,
+        lengths=_numbers("--lengths", lengths),
+        windows=windows,
+        tasks=_split_tasks(tasks),
+        limit=limit,
+        names=_split(names),
+        output=output,
+    )
+    _show(results, output)
+
+
+@app.command()
+def throughput(
+    folders: Folders,
+    concurrency: Concurrency = _join(CONCURRENCY),
+    input_len: InputLen = INPUT_LEN,
+    output_len: OutputLen = OUTPUT_LEN,
+    prompts: Prompts = None,
+    names: Names = None,
+    output: Output = None,
+) -> None:
+    """Latency and throughput by `vllm bench serve`: TTFT, TPOT, end to end, tokens per second."""
+    from maca_serve import measure
+
+    results = measure.throughput(
+        folders,
+        concurrency=_numbers("--concurrency", concurrency),
+        input_len=input_len,
+        output_len=output_len,
+        prompts=prompts,
+        names=_split(names),
+        output=output,
+    )
+    _show(results, output)
+
+
+@app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The unquantized model's folder.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Quantized checkpoint folders.")
+    ],
+    text: Text = None,
+    lengths: Lengths = _join(LENGTHS),
+    windows: Windows = WINDOWS,
+    tasks: Tasks = [CONTINUATION],  # noqa: B006
+    limit: Limit = LIMIT,
+    concurrency: Concurrency = _join(CONCURRENCY),
+    input_len: InputLen = INPUT_LEN,
+    output_len: OutputLen = OUTPUT_LEN,
+    prompts: Prompts = None,
+    names: Names = None,
+    output: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path(
+        "runs/compare"
+    ),
+) -> None:
+    """Accuracy and throughput of quantized checkpoints beside their base, with a report."""
+    from maca_serve import comparison
+
+    results = comparison.compare(
+        base,
+        folders,
+        text=text,
+        lengths=_numbers("--lengths", lengths),
+        windows=windows,
+        tasks=_split_tasks(tasks),
+        limit=limit,
+        concurrency=_numbers("--concurrency", concurrency),
+        input_len=input_len,
+        output_len=output_len,
+        prompts=prompts,
+        names=_split(names),
+        output=output,
+    )
+    _show(results, output / comparison.RESULTS)
+    _say(f"report:  {output / comparison.REPORT}")
+
+
+def main() -> None:
+    """Run the command line: 0 on success, 2 on a user's error, 130 on Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    try:
+        app()
+    except UserError as error:
+        for line in error.details if isinstance(error, EngineError) else []:
+            err.print(line, style="dim", markup=False, soft_wrap=True)
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _leave(number: int, frame: object) -> None:
+    """Unwind as on Ctrl-C, so that no engine is left behind."""
+    sys.exit(128 + number)
+
+
+def _show(results: dict[str, Any], path: Path | None) -> None:
+    from maca_serve.tables import result_tables
+
+    for table in result_tables(results):
+        out.print(table)
+        out.print()
+    if path is not None:
+        _say(f"results: {path}")
+
+
+def _say(line: str) -> None:
+    out.print(line, markup=False, soft_wrap=True)
+
+
+def _split(value: str | None) -> list[str] | None:
+    return [part.strip() for part in value.split(",")] if value is not None else None
+
+
+def _split_tasks(values: list[str]) -> list[str]:
+    """Commas separate, but a file whose name holds one is a file."""
+    parts = [[value] if Path(value).is_file() else value.split(",") for value in values]
+    return [part.strip() for group in parts for part in group if part.strip()]
+
+
+def _numbers(option: str, value: str) -> list[int]:
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: {value!r} is not a list of numbers such as 64,256") from None

@@ -1,0 +1,116 @@
+"""Token ids in, log-probabilities out: vLLM's `/v1/completions`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+
+from maca_serve.errors import RequestError
+
+# Tokens per request: enough to keep the engine busy, few enough that progress moves and that the
+# answers (80 bytes of JSON a token) stay small.
+TOKENS_PER_REQUEST = 4096
+# One request of a long context on a slow CPU.
+TIMEOUT_SECONDS = 900.0
+
+Prompt = list[int]
+
+
+class Client:
+    """Log-probabilities of prompts from one running engine."""
+
+    def __init__(self, url: str, model: str) -> None:
+        """Connect on the first request.
+
+        Args:
+            url: the server's, without `/v1`.
+            model: the name it serves.
+        """
+        self.model = model
+        self._http = httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS)
+
+    def prompt_logprobs(self, prompts: list[Prompt]) -> list[list[float]]:
+        """Log-probability of each prompt token but the first, given those before it.
+
+        Args:
+            prompts: token ids, all sent in one request.
+
+        Returns:
+            For a prompt of n tokens n - 1 natural logarithms.
+
+        Raises:
+            RequestError: refused, unanswered, or an answer for other tokens.
+        """
+        body = {
+            "model": self.model,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 0,
+        }
+        choices = sorted(self._post(body)["choices"], key=lambda choice: choice["index"])
+        if len(choices) != len(prompts):
+            raise RequestError(f"vLLM answered {len(choices)} of {len(prompts)} prompts")
+        return [
+            _read_logprobs(ids, choice["prompt_logprobs"])
+            for ids, choice in zip(prompts, choices, strict=True)
+        ]
+
+    def score(self, prompts: list[Prompt], advance: Callable[[int], None]) -> list[list[float]]:
+        """`prompt_logprobs` of many prompts, several to a request.
+
+        Args:
+            prompts: token ids.
+            advance: called with the tokens of each finished request.
+        """
+        scored = []
+        for batch in batches(prompts):
+            scored += self.prompt_logprobs(batch)
+            advance(sum(map(len, batch)))
+        return scored
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answer = self._http.post("/v1/completions", json=body)
+        except httpx.HTTPError as error:
+            raise RequestError(f"vLLM did not answer: {error or type(error).__name__}") from error
+        if answer.status_code != 200:
+            raise RequestError(f"vLLM answered {answer.status_code}: {answer.text[:300]}")
+        parsed: dict[str, Any] = answer.json()
+        return parsed
+
+
+def batches(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+    """Group prompts in order into requests of at most TOKENS_PER_REQUEST, at least one prompt."""
+    batch: list[Prompt] = []
+    tokens = 0
+    for prompt in prompts:
+        if batch and tokens + len(prompt) > TOKENS_PER_REQUEST:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(prompt)
+        tokens += len(prompt)
+    if batch:
+        yield batch
+
+
+def _read_logprobs(ids: Prompt, entries: list[dict[str, Any] | None]) -> list[float]:
+    """Each entry maps token ids to their log-probability; with `prompt_logprobs` 0 only the own."""
+    if len(entries) != len(ids):
+        raise RequestError(f"vLLM answered {len(entries)} of {len(ids)} prompt tokens")
+    found = []
+    for token, entry in zip(ids[1:], entries[1:], strict=True):
+        if entry is None or str(token) not in entry:
+            raise RequestError(f"vLLM's answer has no log-probability for token {token}")
+        found.append(_finite(entry[str(token)]["logprob"], token))
+    return found
+
+
+def _finite(logprob: float | None, token: int) -> float:
+    # vLLM writes -9999 for minus infinity, which JSON cannot hold.
+    if logprob is None or not -9999.0 < logprob <= 0.0:
+        raise RequestError(
+            f"vLLM gave token {token} the log-probability {logprob}: the weights, or the kernel"
+            " that runs them, are broken"
+        )
+    return float(logprob)

@@ -1,0 +1,88 @@
+"""Compare quantized checkpoints with their base: accuracy, speed and size, side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from maca_serve.accuracy_plan import plan_accuracy
+from maca_serve.checkpoint import open_all, require_quantized
+from maca_serve.machine import require_vllm
+from maca_serve.measure import measure
+from maca_serve.recovery import recovery
+from maca_serve.report import render_report
+from maca_serve.results import check_output, write_json, write_text
+from maca_serve.settings import (
+    CONCURRENCY,
+    INPUT_LEN,
+    LENGTHS,
+    LIMIT,
+    OUTPUT_LEN,
+    WINDOWS,
+    AccuracySettings,
+    SpeedSettings,
+)
+from maca_serve.tasks import CONTINUATION
+
+OUTPUT = Path("runs/compare")
+RESULTS = "results.json"
+REPORT = "report.html"
+
+
+def compare(
+    base: str | Path,
+    paths: Sequence[str | Path],
+    *,
+    text: str | Path | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    windows: int = WINDOWS,
+    tasks: Sequence[str] = (CONTINUATION,),
+    limit: int = LIMIT,
+    concurrency: Sequence[int] = CONCURRENCY,
+    input_len: int = INPUT_LEN,
+    output_len: int = OUTPUT_LEN,
+    prompts: int | None = None,
+    names: Sequence[str] | None = None,
+    output: str | Path = OUTPUT,
+) -> dict[str, Any]:
+    """Measure a base and its quantized checkpoints, and write results.json and report.html.
+
+    Args:
+        base: the unquantized model's folder; 100 percent of recovery.
+        paths: quantized checkpoint folders.
+        text: see `accuracy`, as are lengths, windows, tasks and limit.
+        lengths: increasing input lengths in tokens.
+        windows: target blocks of 32 tokens.
+        tasks: JSONL files, `continuation`, lm-eval task names.
+        limit: at most this many questions of each task.
+        concurrency: see `throughput`, as are input_len, output_len and prompts.
+        input_len: random prompt tokens of a request.
+        output_len: output tokens of a request.
+        prompts: requests of a run.
+        names: what results call the checkpoints, the base first; folder names when None.
+        output: folder for results.json and report.html, which are replaced if there.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        UserError: bad input, before anything runs; EngineError and RequestError are of this type.
+    """
+    require_vllm()
+    accuracy = AccuracySettings(
+        Path(text) if text else None, tuple(lengths), windows, tuple(tasks), limit
+    )
+    speed = SpeedSettings(tuple(concurrency), input_len, output_len, prompts)
+    folders = [Path(base), *map(Path, paths)]
+    checkpoints = open_all(folders, list(names) if names is not None else None)
+    for checkpoint in checkpoints[1:]:
+        require_quantized(checkpoint)
+    check_output(output, folder=True)
+    plan = plan_accuracy(accuracy, checkpoints)
+    results = measure(checkpoints, plan, speed)
+    first = results["checkpoints"][0]
+    for entry in results["checkpoints"]:
+        entry["recovery"] = recovery(first, entry)
+    report = render_report(results, checkpoints)
+    write_json(Path(output) / RESULTS, results)
+    write_text(Path(output) / REPORT, report)
+    return results

@@ -1,0 +1,223 @@
+"""One running `vllm serve`: start, wait until it answers, stop without orphans."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from maca_serve.checkpoint import Checkpoint
+from maca_serve.client import Client
+from maca_serve.console import progress
+from maca_serve.enginelog import find_cause, find_kernels, last_message
+from maca_serve.errors import EngineError, RequestError, UserError
+from maca_serve.fit import Fit
+from maca_serve.process import start_group, stop_group
+from maca_serve.scheme import describe_dtype
+
+LOG_TAIL = 15
+# A start is given up when the engine has logged nothing for this long.
+SILENT_SECONDS = 600.0
+POLL_SECONDS = 0.5
+# What a start takes on two cores; only the first bar's estimate hangs on it.
+EXPECTED_SECONDS = 60.0
+
+
+class Engine:
+    """`vllm serve` for one checkpoint, as a context manager.
+
+    Entering starts it and returns when it answers. Leaving stops it and every process it started;
+    its log is kept only when it failed. An error of a request is reported as the engine's death
+    when the engine died.
+
+    Attributes:
+        checkpoint: what it serves, under `checkpoint.name`.
+        start_seconds: how long the start took.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, fit: Fit, *, host: str = "127.0.0.1", port: int | None = None
+    ) -> None:
+        """Prepare; nothing runs yet.
+
+        Args:
+            checkpoint: what to serve.
+            fit: settings, see `maca_serve.fit`.
+            host: address to listen on.
+            port: TCP port; a free one when None.
+        """
+        self.checkpoint = checkpoint
+        self.fit = fit
+        self.host = host
+        self.port = port
+        self.start_seconds = 0.0
+        self._process: subprocess.Popen[str] | None = None
+        self._log: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it can be reached from this machine, without `/v1`."""
+        local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{local}]:{self.port}" if ":" in local else f"http://{local}:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        """The file with everything vLLM printed."""
+        assert self._log is not None, "the engine was not started"
+        return self._log
+
+    @property
+    def kernel(self) -> str:
+        """The linear kernels that vLLM chose, as its log names them."""
+        kernels = find_kernels(self._lines())
+        if kernels:
+            return ", ".join(kernels)
+        if self.checkpoint.quantized:
+            return "not named in vLLM's log"
+        return f"none ({describe_dtype(self.checkpoint.config)})"
+
+    def client(self) -> Client:
+        """A client for its completions."""
+        return Client(self.url, self.checkpoint.name)
+
+    def __enter__(self) -> Self:
+        """Start and wait.
+
+        Raises:
+            UserError: the port is taken.
+            EngineError: it did not start, with the last lines of its log.
+        """
+        self.port = claim_port(self.host, self.port)
+        self._start()
+        try:
+            self._wait()
+        except BaseException as error:
+            self._stop(keep_log=isinstance(error, EngineError))
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop; a failed request of a dead engine becomes an EngineError."""
+        died = isinstance(error, RequestError) and self._dies_within(10.0)
+        failure = self._failure("died while it was used") if died else None
+        self._stop(keep_log=died)
+        if failure is not None:
+            raise failure from error
+
+    def check(self) -> None:
+        """Raise EngineError when the engine has died."""
+        if self._exit_code() is not None:
+            raise self._failure("died while it was used")
+
+    def wait(self) -> None:
+        """Return never; raises EngineError when the engine dies."""
+        while True:
+            self.check()
+            time.sleep(POLL_SECONDS)
+
+    def _start(self) -> None:
+        handle, name = tempfile.mkstemp(prefix="maca-serve-", suffix=".log")
+        self._log = Path(name)
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+        command += [str(self.checkpoint.path), "--served-model-name", self.checkpoint.name]
+        command += ["--host", self.host, "--port", str(self.port), "--disable-uvicorn-access-log"]
+        command += self.fit.arguments
+        with os.fdopen(handle, "w") as log:
+            self._process = start_group(
+                command,
+                self.fit.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def _wait(self) -> None:
+        began = changed = time.monotonic()
+        size = 0
+        # One client for all polls: making one costs more than a poll.
+        with progress() as bar, httpx.Client(base_url=self.url, timeout=2.0) as http:
+            task = bar.add_task(
+                f"starting {self.checkpoint.name}", total=EXPECTED_SECONDS, note="vLLM"
+            )
+            while not _healthy(http):
+                if self._exit_code() is not None:
+                    raise self._failure("did not start")
+                now = time.monotonic()
+                if self.log.stat().st_size != size:
+                    size, changed = self.log.stat().st_size, now
+                if now - changed > SILENT_SECONDS:
+                    raise self._failure(f"said nothing for {SILENT_SECONDS:.0f} s while starting")
+                # The bar stays short of full: nobody knows how long a large model takes.
+                done = min(now - began, 0.98 * EXPECTED_SECONDS)
+                bar.update(task, completed=done, note=last_message(self._lines()))
+                time.sleep(POLL_SECONDS)
+            bar.update(task, completed=EXPECTED_SECONDS, note="ready")
+        self.start_seconds = time.monotonic() - began
+
+    def _exit_code(self) -> int | None:
+        assert self._process is not None, "the engine was not started"
+        return self._process.poll()
+
+    def _dies_within(self, seconds: float) -> bool:
+        """Whether its process ends soon: vLLM answers with an error before it gives up."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self._exit_code() is not None:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _failure(self, what: str) -> EngineError:
+        lines = self._lines()
+        code = self._exit_code()
+        cause = find_cause(lines) or (f"exit code {code}" if code is not None else "no error named")
+        return EngineError(
+            f"{self.checkpoint.path}: vLLM {what}: {cause} (log: {self.log})", lines[-LOG_TAIL:]
+        )
+
+    def _lines(self) -> list[str]:
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def _stop(self, *, keep_log: bool) -> None:
+        if self._process is not None:
+            stop_group(self._process)
+        if not keep_log:
+            self.log.unlink(missing_ok=True)
+
+
+def _healthy(http: httpx.Client) -> bool:
+    try:
+        return http.get("/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def claim_port(host: str, port: int | None) -> int:
+    """Check that a port can be listened on; choose a free one when None.
+
+    Raises:
+        UserError: taken, not allowed, or no such host.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As vLLM does: a port whose last connections are still closing is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error};"
+            " choose another with --port"
+        ) from error

@@ -1,0 +1,44 @@
+"""Reading vLLM's log: which kernel it chose, and why it died."""
+
+import re
+
+# `Using MarlinLinearKernel for CompressedTensorsWNA16`, `Using X for mixed-precision linear`,
+# `Using X for NVFP4 GEMM`, `Selected CPUInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8`.
+_KERNEL = re.compile(
+    r"(?:Using|Selected) (?P<kernel>\w+) for "
+    r"(?P<what>\w*(?:CompressedTensors|LinearMethod)\w*|mixed-precision linear|MXFP\d GEMM|NVFP4 GEMM)"
+)
+_PREFIX = re.compile(r"^\([\w\- ]+pid=\d+\) (?:(?:ERROR|INFO|WARNING) [\d\- :]+\[[^]]+\] ?)?")
+_ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<type>\w+(?:Error|Exception)): (?P<message>.+)")
+# What the parent processes say about a child's error, whose own line stands earlier.
+_SECOND_HAND = ("Engine core initialization failed", "Worker failed with error", "EngineCore")
+
+
+def find_kernels(lines: list[str]) -> list[str]:
+    """Linear kernels that vLLM named in its log, each once, in order of appearance."""
+    found = (_KERNEL.search(line) for line in lines)
+    return list(dict.fromkeys(match["kernel"] for match in found if match))
+
+
+def find_cause(lines: list[str]) -> str | None:
+    """The first exception that is not second-hand, as `Type: message`, or None."""
+    stripped = [_PREFIX.sub("", line).strip() for line in lines]
+    for number, line in enumerate(stripped):
+        match = _ERROR.match(line)
+        if match is None or any(match["message"].startswith(word) for word in _SECOND_HAND):
+            continue
+        message = match["message"]
+        if match["type"] == "ValidationError" and number + 1 < len(stripped):
+            # pydantic's first line only counts the errors; the next ones name them.
+            message = " ".join(stripped[number + 1 : number + 3])
+        return f"{match['type']}: {message}"
+    return None
+
+
+def last_message(lines: list[str]) -> str:
+    """The last line with something to say, without its prefix: what the engine is doing now."""
+    for line in reversed(lines):
+        text = _PREFIX.sub("", line).strip()
+        if text:
+            return text[:60]
+    return ""

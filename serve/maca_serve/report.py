@@ -1,0 +1,82 @@
+"""One self-contained HTML page: tables and plots inline, nothing fetched from anywhere."""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from maca_serve.checkpoint import Checkpoint
+from maca_serve.inspection import NOTABLE_RATIO, diagonal_views, losses_plot, run_rows
+from maca_serve.plots import (
+    perplexity_plot,
+    recovery_plot,
+    size_plot,
+    speed_plot,
+    tasks_plot,
+)
+from maca_serve.recovery import headline
+from maca_serve.summary import summarize
+
+
+def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str:
+    """Render a comparison.
+
+    Args:
+        results: as in results.json: the base first, with accuracy, throughput and recovery.
+        checkpoints: the same checkpoints, for what their folders say about how they were made.
+
+    Returns:
+        The page.
+    """
+    environment = Environment(
+        loader=PackageLoader("maca_serve", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["headline"] = headline
+    entries = results["checkpoints"]
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        entries=entries,
+        base=entries[0],
+        summary=summarize(results),
+        plots={name: Markup(svg) for name, svg in _plots(entries).items()},
+        inspections=[_inspect(checkpoint) for checkpoint in checkpoints],
+        losses=_markup(losses_plot(checkpoints)),
+        notable_ratio=NOTABLE_RATIO,
+    )
+
+
+def _plots(entries: list[dict[str, Any]]) -> dict[str, str]:
+    plots = {
+        "perplexity": perplexity_plot(entries),
+        "recovery": recovery_plot(entries),
+        "speed": speed_plot(entries),
+        "size": size_plot(entries),
+    }
+    if entries[0]["tasks"]:
+        plots["tasks"] = tasks_plot(entries)
+    return plots
+
+
+def _inspect(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "rows": run_rows(checkpoint.run_record),
+        "diagonals": [
+            {
+                "module": view.module,
+                "svg": _markup(view.svg),
+                "share": view.share,
+                "channels": view.channels,
+            }
+            for view in diagonal_views(checkpoint)
+        ],
+    }
+
+
+def _markup(svg: str | None) -> Markup | None:
+    # Only matplotlib's own SVG, whose text it escapes, is taken as markup.
+    return Markup(svg) if svg is not None else None

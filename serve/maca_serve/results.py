@@ -1,0 +1,58 @@
+"""Result files: checked before the work, written whole or not at all."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from maca_serve.errors import UserError
+
+
+def check_output(path: str | Path | None, *, folder: bool = False) -> None:
+    """Check that an output can be written, before hours are spent on its content.
+
+    Args:
+        path: a file, or a folder; None for no output.
+        folder: whether it is a folder.
+
+    Raises:
+        UserError: the other kind is there already, or its place cannot be written to.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        raise UserError(f"--output: {path} is a {'file' if folder else 'folder'}")
+    place = path.absolute() if folder else path.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--output: {path} cannot be written: {place} is not a writable folder")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON beside, then rename; NaN and infinity are errors."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside, then rename, so that no reader and no interrupt sees half of it.
+
+    Raises:
+        UserError: the disk is full, or the folder went away.
+    """
+    beside = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        beside = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        beside.chmod(0o644)
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        if beside is not None:
+            beside.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""Results as tables for the terminal; narrow enough for one of 100 columns."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from maca_serve.recovery import headline
+
+Entry = dict[str, Any]
+
+
+def result_tables(results: dict[str, Any]) -> Iterator[Table]:
+    """What was measured: the checkpoints, their accuracy, their speed."""
+    entries = results["checkpoints"]
+    yield _checkpoints(entries)
+    if "perplexity" in entries[0]:
+        yield _perplexity(entries)
+        if entries[0]["tasks"]:
+            yield _tasks(entries)
+    if "throughput" in entries[0]:
+        yield _throughput(entries)
+
+
+def _checkpoints(entries: list[Entry]) -> Table:
+    table = _table("checkpoint", "scheme", "kernel", "MB")
+    for entry in entries:
+        size = f"{entry['size_bytes'] / 1e6:.0f}"
+        table.add_row(entry["name"], entry["scheme"], entry["kernel"], size)
+    return table
+
+
+def _perplexity(entries: list[Entry]) -> Table:
+    lengths = list(entries[0]["perplexity"])
+    table = _table("perplexity at length", *lengths, *_if_compared(entries, "recovery"))
+    for entry in entries:
+        values = [entry["perplexity"][length] for length in lengths]
+        cells = [f"{value['ppl']:.2f} ± {value['stderr']:.2f}" for value in values]
+        table.add_row(entry["name"], *cells, *_recovery(entry, "perplexity"))
+    return table
+
+
+def _tasks(entries: list[Entry]) -> Table:
+    names = list(entries[0]["tasks"])
+    table = _table("task", *names, *_if_compared(entries, "recovery"))
+    for entry in entries:
+        cells = [_score(entry["tasks"][name]) for name in names]
+        table.add_row(entry["name"], *cells, *_recovery(entry, "tasks"))
+    return table
+
+
+def _throughput(entries: list[Entry]) -> Table:
+    table = _table(
+        "speed", "in flight", "TTFT ms", "TPOT ms", "E2EL ms", "p99", "out tok/s", "tok/s"
+    )
+    for entry in entries:
+        for level, run in entry["throughput"].items():
+            table.add_row(
+                entry["name"],
+                level,
+                f"{run['ttft_ms']['median']:.0f}",
+                f"{run['tpot_ms']['median']:.1f}",
+                f"{run['e2el_ms']['median']:.0f}",
+                f"{run['e2el_ms']['p99']:.0f}",
+                f"{run['output_tokens_per_s']:.1f}",
+                f"{run['total_tokens_per_s']:.1f}",
+            )
+    return table
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        text = column in ("scheme", "kernel")
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
+    return table
+
+
+def _if_compared(entries: list[Entry], title: str) -> list[str]:
+    return [title] if "recovery" in entries[0] else []
+
+
+def _recovery(entry: Entry, what: str) -> list[str]:
+    if "recovery" not in entry:
+        return []
+    mean = entry["recovery"][what]["mean"]
+    return ["-" if mean is None else f"{mean:.1f} %"]
+
+
+def _score(task: dict[str, Any]) -> str:
+    score, error = headline(task)
+    return f"{score:.3f}" + (f" ± {error:.3f}" if error is not None else "")
