@@ -1,0 +1,68 @@
+# Everything a clone needs. `make demo` and `make test` set up what is missing first.
+#
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#                        takes PyTorch's own CPU build (200 MB instead of several GB)
+#   make setup SERVE=cuda     vLLM for CUDA in the serve environment (default where nvidia-smi is)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SERVE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+
+QUANTIZE := .venv/bin
+ENGINE := .venv-serve/bin
+DEMO := runs/demo
+
+.PHONY: setup demo test lint format clean
+
+setup: .venv/.installed .venv-serve/.installed-$(SERVE)
+
+.venv/.installed: requirements/quantize.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(QUANTIZE)/pip install -q $(TORCH)
+	$(QUANTIZE)/pip install -q --no-deps -r requirements/quantize.txt
+	$(QUANTIZE)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv-serve/.installed-cpu: requirements/serve-cpu.txt serve/pyproject.toml serve/vllm-cpu-stub/pyproject.toml
+	rm -f .venv-serve/.installed-*
+	$(PYTHON) -m venv .venv-serve
+	$(ENGINE)/pip install -q $(TORCH)
+	$(ENGINE)/pip install -q --no-deps -r requirements/serve-cpu.txt
+	$(ENGINE)/pip install -q --no-deps --no-build-isolation ./serve/vllm-cpu-stub -e ./serve
+	touch $@
+
+.venv-serve/.installed-cuda: requirements/serve-cuda.txt serve/pyproject.toml
+	rm -f .venv-serve/.installed-*
+	$(PYTHON) -m venv .venv-serve
+	$(ENGINE)/pip install -q --no-deps -r requirements/serve-cuda.txt
+	$(ENGINE)/pip install -q --no-deps --no-build-isolation -e ./serve
+	touch $@
+
+# The main job on the embedded model: GPTQ at one length against MaCa at several, the same tokens.
+demo: setup
+	$(QUANTIZE)/maca-llmc quantize --output $(DEMO)/gptq --overwrite \
+	    --recipe recipes/w4a16-g64.gptq.yaml --scales 2048 --tokens 16384
+	$(QUANTIZE)/maca-llmc quantize --output $(DEMO)/maca --overwrite \
+	    --recipe recipes/w4a16-g64.maca.yaml --scales 128,256,512,2048 --tokens 16384
+	$(QUANTIZE)/maca-llmc quantize --output $(DEMO)/maca-w8a8 --overwrite \
+	    --recipe recipes/w8a8.maca.yaml --scales 128,256,512,2048 --tokens 16384
+	$(ENGINE)/maca-serve compare "$$($(QUANTIZE)/maca-llmc model)" \
+	    $(DEMO)/gptq $(DEMO)/maca $(DEMO)/maca-w8a8 --output $(DEMO)
+	@echo "report: $(DEMO)/report.html"
+	@echo "try it: .venv-serve/bin/vllm serve $(DEMO)/maca --host 127.0.0.1 --max-model-len 2048"
+
+test: setup
+	HF_HUB_OFFLINE=1 $(QUANTIZE)/python -m pytest tests/maca_llmc
+	HF_HUB_OFFLINE=1 $(ENGINE)/python -m pytest tests/maca_serve
+
+lint: .venv/.installed
+	$(QUANTIZE)/ruff check .
+	$(QUANTIZE)/ruff format --check .
+	$(QUANTIZE)/mypy
+
+format: .venv/.installed
+	$(QUANTIZE)/ruff check --fix .
+	$(QUANTIZE)/ruff format .
+
+clean:
+	rm -rf .venv .venv-serve runs
