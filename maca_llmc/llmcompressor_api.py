@@ -27,6 +27,8 @@ from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from transformers import conversion_mapping
+from transformers.monkey_patching import clear_patch_mapping
 
 from maca_llmc.sweep import sweep_block
 
@@ -81,14 +83,28 @@ def loading_separate_experts(model_class: Any, model_type: str) -> Iterator[None
     """While open, have ``model_class.from_pretrained`` load experts as separate Linears.
 
     For that, llm-compressor has transformers list all of its modules, some of which cannot be
-    listed without torchvision. Nothing here is in those: they are shown as empty.
+    listed without torchvision: they are shown as empty. And it leaves transformers' mapping of
+    checkpoint names changed, with which any later plain load of such a model would get experts
+    of random numbers: the mapping is put back. The model loaded here keeps its own for saving.
     """
+    mappings = _conversion_mappings()
+    before = dict(mappings)
     with ExitStack() as stack:
         if has_linearize_load_mappings(model_type):
             for module in _unlistable_modules():
                 stack.enter_context(patch_attr(module, "__dir__", lambda: []))
         stack.enter_context(load_quantizable_moe(model_class))
-        yield
+        try:
+            yield
+        finally:
+            clear_patch_mapping()
+            mappings.clear()
+            mappings.update(before)
+
+
+def _conversion_mappings() -> dict[str, Any]:
+    conversion_mapping.get_checkpoint_conversion_mapping("")  # fills the table on first use
+    return conversion_mapping._checkpoint_conversion_mapping_cache
 
 
 def _unlistable_modules() -> list[ModuleType]:
@@ -134,8 +150,10 @@ def computing_on(device: torch.device) -> Iterator[None]:
 def recorded_losses(callback: LossCallback) -> Iterator[None]:
     """While open, report each module that GPTQ quantizes and its relative output error.
 
-    The error is ``tr(D H D^T) / tr(W H W^T)`` with ``D`` the change of the weight ``W`` and ``H``
-    the Hessian GPTQ was given: a number without units, comparable between weightings of H.
+    The error is ``tr(D (H + dI) D^T) / tr(W H W^T)`` with ``D`` the change of the weight ``W``,
+    ``H`` the Hessian GPTQ was given and ``d`` its dampening: a number without units, comparable
+    between weightings of H. For a module that had to be rounded to nearest, because its H could
+    not be factorised, the identity stands above the line instead of ``H + dI``.
 
     :param callback: called with the module and its error
     """
