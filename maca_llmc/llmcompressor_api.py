@@ -11,11 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from compressed_tensors.distributed import is_source_process
+from compressed_tensors.offload import disable_offloading, set_onload_device
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.utils import calculate_range
 from compressed_tensors.utils import get_execution_device, match_named_modules, patch_attr
 from compressed_tensors.utils.impl_backend import ImplBackend
+from llmcompressor.core import LifecycleCallbacks, active_session
 from llmcompressor.modeling.moe.conversion_mappings import has_linearize_load_mappings
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, load_quantizable_moe
@@ -24,8 +25,18 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq import base as gptq_base
 from llmcompressor.modifiers.gptq.helpers import column_scale_window, make_empty_hessian
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.registry import CalibrationPipeline
+from llmcompressor.pipelines.sequential import SequentialPipeline
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from llmcompressor.recipe import Recipe
+from llmcompressor.utils.helpers import (
+    DisableQuantization,
+    disable_cache,
+    disable_hf_kernels,
+    disable_lm_head,
+    eval_context,
+)
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from transformers import conversion_mapping
 from transformers.monkey_patching import clear_patch_mapping
@@ -33,17 +44,24 @@ from transformers.monkey_patching import clear_patch_mapping
 from maca_llmc.sweep import sweep_block
 
 __all__ = [
+    "CalibrationPipeline",
     "GPTQModifier",
+    "HooksMixin",
+    "LifecycleCallbacks",
     "ModifierFactory",
     "QuantizationMixin",
     "Recipe",
+    "SequentialPipeline",
+    "active_session",
+    "calibration_forward",
     "computing_on",
     "decoder_layers",
+    "disable_offloading",
     "empty_hessian",
     "forget_causal_masks",
-    "is_source_process",
     "keep_causal_masks",
     "loading_separate_experts",
+    "onload_device",
     "recorded_losses",
     "separate_experts",
 ]
@@ -143,6 +161,27 @@ def computing_on(device: torch.device) -> Iterator[None]:
     llm-compressor itself takes the first accelerator it sees, whatever the user asked for.
     """
     with patch_attr(sequential_pipeline, "get_main_device", lambda: device):
+        yield
+
+
+def onload_device(model: torch.nn.Module) -> torch.device:
+    """Where to compute; from here on ``model``'s layers are loaded there when they are used."""
+    device = sequential_pipeline.get_main_device()
+    set_onload_device(model, device)
+    return device
+
+
+@contextmanager
+def calibration_forward(model: torch.nn.Module) -> Iterator[None]:
+    """As llm-compressor's ``calibration_forward_context``, but with the model's own attention."""
+    with (
+        torch.no_grad(),
+        disable_cache(model),
+        eval_context(model),
+        disable_hf_kernels(model),
+        disable_lm_head(model),
+        DisableQuantization(model),
+    ):
         yield
 
 

@@ -62,7 +62,8 @@ def sweep_block(
     :param errors: ``[rows, width]`` float32, out: ``(w - q) / factor[i, i]``
     """
     zeros = torch.zeros_like(work) if zero_point is None else zero_point.float().contiguous()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made at run time
+    numba.set_num_threads(min(torch.get_num_threads(), most))
     _sweep(
         work.numpy(),
         factor.contiguous().numpy(),
