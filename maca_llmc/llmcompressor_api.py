@@ -122,7 +122,8 @@ def loading_separate_experts(model_class: Any, model_type: str) -> Iterator[None
 
 def _conversion_mappings() -> dict[str, Any]:
     conversion_mapping.get_checkpoint_conversion_mapping("")  # fills the table on first use
-    return conversion_mapping._checkpoint_conversion_mapping_cache
+    mappings: Any = conversion_mapping._checkpoint_conversion_mapping_cache
+    return mappings
 
 
 def _unlistable_modules() -> list[ModuleType]:

@@ -177,7 +177,8 @@ class MaCaModifier(GPTQModifier):
         self._done.update(calibrated)
 
     def _reduce_hessian_to_target_rank(self, module_list: Any, module_to_rank: Any) -> None:
-        self._agree_on_reference(module_list)
+        if module_list:  # a subgraph without modules to quantize, such as the head, comes too
+            self._agree_on_reference(module_list)
         super()._reduce_hessian_to_target_rank(module_list, module_to_rank)
 
     # the parts
