@@ -174,6 +174,10 @@ class MaCaModifier(GPTQModifier):
         """Quantize what was calibrated, on every rank what it was assigned."""
         calibrated = list(self._hessians)
         super().compress_modules()
+        if dist.is_available() and dist.is_initialized():
+            # on the CPU ranks share the weights in memory, and llm-compressor does not wait there
+            # until all are written
+            dist.barrier()
         self._done.update(calibrated)
 
     def _reduce_hessian_to_target_rank(self, module_list: Any, module_to_rank: Any) -> None:

@@ -1,6 +1,9 @@
 """Tiny random models and calibration sequences for tests of either side."""
 
+import json
+import random
 import string
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
@@ -25,6 +28,9 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "moe_intermediate_size": 128}
+"""Changes of the shape that group sizes 64 and 128 divide."""
+
 MOE = {
     "moe_intermediate_size": 32,
     "num_experts": 4,
@@ -40,14 +46,24 @@ FAMILIES = {
 }
 
 
-def tiny_config(family: str):
-    """Configuration of a two-layer model of one family, 64 wide."""
-    return AutoConfig.for_model(family, **SHAPE | FAMILIES[family])
+IMAGES = {
+    "image_processor_type": "Gemma3ImageProcessor",
+    "processor_class": "Gemma3Processor",
+    "size": {"height": 28, "width": 28},
+}
+
+
+def tiny_config(family: str, **changes):
+    """Configuration of a two-layer model of one family, 64 wide, with ``changes`` of its shape."""
+    shape = SHAPE | FAMILIES[family] | changes
+    if "layer_types" in shape:
+        shape["layer_types"] = shape["layer_types"][: shape["num_hidden_layers"]]
+    return AutoConfig.for_model(family, **shape)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per printable character; ids 0 to 7 are special."""
-    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<4>", "<image>", "<6>", "<7>"]
+    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<4>", "<image>", "<boi>", "<eoi>"]
     vocabulary = {token: index for index, token in enumerate([*special, *string.printable])}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>")),
@@ -55,16 +71,24 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
+        extra_special_tokens={
+            "image_token": "<image>",
+            "boi_token": "<boi>",
+            "eoi_token": "<eoi>",
+        },
     )
 
 
-def save_tiny_model(family: str, folder, seed: int = 0):
-    """Write a random float32 model of ``family`` (also ``gemma3``, multimodal) to ``folder``."""
+def save_tiny_model(family: str, folder, seed: int = 0, **changes):
+    """Write a random float32 model of ``family`` (also ``gemma3``, multimodal) to ``folder``.
+
+    ``changes`` are of the configuration, such as ``**WIDE`` or ``tie_word_embeddings=True``.
+    """
     torch.manual_seed(seed)
     if family == "gemma3":
         config = AutoConfig.for_model(
             "gemma3",
-            text_config=SHAPE | FAMILIES["gemma3_text"],
+            text_config=tiny_config("gemma3_text", **changes).to_dict(),
             vision_config={
                 "hidden_size": 32,
                 "intermediate_size": 64,
@@ -80,10 +104,19 @@ def save_tiny_model(family: str, folder, seed: int = 0):
         )
         model = AutoModelForImageTextToText.from_config(config)
     else:
-        model = AutoModelForCausalLM.from_config(tiny_config(family))
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    if family == "gemma3":
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(IMAGES))
     return folder
+
+
+def random_text(documents: int = 24, length: int = 80, seed: int = 0) -> list[str]:
+    """Documents of ``length`` random printable characters: so many tokens each."""
+    generator = random.Random(seed)
+    alphabet = string.ascii_letters + string.digits
+    return ["".join(generator.choices(alphabet, k=length)) for _ in range(documents)]
 
 
 def random_sequences(lengths, seed: int = 0):

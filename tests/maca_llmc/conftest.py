@@ -10,16 +10,20 @@ import torch
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
+torch.set_num_threads(1)  # four times as fast on models this small, where cores are shared
+
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Folder of a saved tiny model, by family, made on first use."""
+    """Folder of a saved tiny model, by family and changes of its shape, made on first use."""
     folders = {}
 
-    def get(family: str):
-        if family not in folders:
-            folders[family] = save_tiny_model(family, tmp_path_factory.mktemp(family))
-        return folders[family]
+    def get(family: str, **changes):
+        key = (family, *sorted(changes.items()))
+        if key not in folders:
+            folder = tmp_path_factory.mktemp(family)
+            folders[key] = save_tiny_model(family, folder, **changes)
+        return folders[key]
 
     return get
 
@@ -28,8 +32,8 @@ def tiny_models(tmp_path_factory):
 def tiny_model(tiny_models):
     """Load a fresh tiny model of a family, float32."""
 
-    def load(family: str):
-        model = AutoModelForCausalLM.from_pretrained(tiny_models(family), dtype=torch.float32)
-        return model.eval()
+    def load(family: str, **changes):
+        folder = tiny_models(family, **changes)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     return load
