@@ -14,7 +14,7 @@ from loguru import logger
 PASSES = 2
 """The sequential pipeline runs each layer twice: to calibrate it, then to pass on its outputs."""
 
-NOT_NEWS = ("No accelerator available", "Disabling tokenizer parallelism")
+NOT_NEWS = ("No accelerator available", "Disabling tokenizer", "Calibration pipeline is set to")
 """How warnings begin that there is nothing to do about."""
 
 

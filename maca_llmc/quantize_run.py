@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from llmcompressor import oneshot
 
-from maca_llmc import defaults, models, record, smollm2
+from maca_llmc import defaults, models, pipeline, record, smollm2
 from maca_llmc.containers import CONTAINER_BITS, check_container, widen_containers
 from maca_llmc.data import CalibrationSet, build_calibration_set
 from maca_llmc.device import resolve_device
@@ -159,7 +159,13 @@ def _calibrate(run: Run, batch_size: int, device: torch.device) -> Any:
             layer_progress(decoder_layers(model), len(loader)),
             recorded_losses(lambda module, loss: run.losses.update({names[module]: loss})),
         ):
-            oneshot(model=model, processor=run.processor, dataset=loader, recipe=run.recipe)
+            oneshot(
+                model=model,
+                processor=run.processor,
+                dataset=loader,
+                recipe=run.recipe,
+                pipeline=pipeline.NAME,
+            )
     finally:
         forget_causal_masks(model.config)
     return model
