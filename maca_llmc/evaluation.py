@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import tqdm
-from transformers import AutoConfig, CompressedTensorsConfig
+from transformers import CompressedTensorsConfig
 
 from maca_llmc import defaults, models, record
 from maca_llmc.data import EVALUATION_SAMPLE, read_documents
@@ -153,14 +153,12 @@ def _check_lengths(lengths: Sequence[int], overhead: int, context: int | None) -
 
 
 def _load(source: str, device: torch.device) -> Any:
-    config = AutoConfig.from_pretrained(source)
+    config = models.read_config(source)
     quantized = getattr(config, "quantization_config", None) is not None
     extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     with quiet():
-        model = models.model_class_of(config).from_pretrained(
-            source, dtype=torch.bfloat16, use_safetensors=True, **extra
-        )
-    return model.eval().to(device)
+        model = models.load_model(source, config, torch.bfloat16, **extra)
+    return model.to(device)
 
 
 Inputs = dict[int, list[torch.Tensor]]

@@ -79,16 +79,19 @@ def load_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(source)
 
 
-def load_model(source: str, config: Any) -> Any:
-    """The model on the CPU in its own dtype, experts as separate Linears.
+def load_model(source: str, config: Any, dtype: Any = "auto", **extra: Any) -> Any:
+    """The model on the CPU, by default in its own dtype, experts as separate Linears.
 
     llm-compressor moves one layer at a time to the device, so the model may be larger than it.
 
+    :param extra: passed on to ``from_pretrained``
     :raises UserError: when its weights cannot be read
     """
     model_class = model_class_of(config)
     with _readable(source), loading_separate_experts(model_class, config.model_type):
-        return model_class.from_pretrained(source, dtype="auto", use_safetensors=True).eval()
+        return model_class.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, **extra
+        ).eval()
 
 
 def meta_model(config: Any) -> Any:

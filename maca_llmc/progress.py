@@ -56,6 +56,8 @@ def quiet() -> Iterator[None]:
     with patch_attr(tqdm.tqdm, "__init__", disabled), warnings.catch_warnings():
         # what llm-compressor loads on the CPU counts as offloaded, which saving then warns of
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
+        # that a checkpoint's own settings are kept, when asked to dequantize it
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         yield
 
 

@@ -64,14 +64,22 @@ def dividing_group_sizes(widths: Iterable[int]) -> list[int]:
     ]
 
 
-def check_schemes(modifier: Any, model: torch.nn.Module) -> None:
+def check_schemes(modifier: Any, model: Any) -> None:
     """Check a quantization modifier's schemes against a model's shapes (meta device will do).
 
-    :raises UserError: when it targets nothing, or a group size does not divide a width; says
-        which group sizes would
+    :raises UserError: when it targets nothing, or modules that text does not go through (a vision
+        tower), or a group size does not divide a width; says which group sizes would
     """
     ignore = list(modifier.ignore)
-    if not linear_widths(model, modifier.resolved_targets, ignore):
+    targeted = linear_widths(model, modifier.resolved_targets, ignore)
+    reached = _reached_by_text(model)
+    unreached = [name for name in targeted if name not in reached]
+    if unreached:
+        raise UserError(
+            f"the recipe quantizes {len(unreached)} Linears that text does not go through, first "
+            f"{unreached[0]}: add 're:{_branch(unreached[0], reached)}.*' to its ignore list"
+        )
+    if not targeted:
         raise UserError(
             f"the recipe's targets {sorted(modifier.resolved_targets)} match no Linear of the "
             "model: use targets: [Linear]"
@@ -93,6 +101,25 @@ def check_schemes(modifier: Any, model: torch.nn.Module) -> None:
                 f"{len(widths)} Linears, first {name} ({width}): {cure}, and strategy: channel "
                 "needs none"
             )
+
+
+def _reached_by_text(model: Any) -> set[str]:
+    """Names of the modules of the language model; of one with an encoder, of all of it."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return {name for name, _ in model.named_modules()}
+    reached = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    return {name for name, module in model.named_modules() if module in reached}
+
+
+def _branch(name: str, reached: set[str]) -> str:
+    """The topmost part of ``name`` that nothing in ``reached`` is part of."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if prefix not in reached | _above(reached)), name)
+
+
+def _above(names: set[str]) -> set[str]:
+    return {name[:index] for name in names for index, letter in enumerate(name) if letter == "."}
 
 
 def describe_scheme(scheme: QuantizationScheme) -> str:
