@@ -75,7 +75,10 @@ class Client:
         except httpx.HTTPError as error:
             raise RequestError(f"vLLM did not answer: {error or type(error).__name__}") from error
         if answer.status_code != 200:
-            raise RequestError(f"vLLM answered {answer.status_code}: {answer.text[:300]}")
+            raise RequestError(
+                f"vLLM answered {answer.status_code}: {answer.text[:300]}",
+                answered=answer.status_code < 500,
+            )
         parsed: dict[str, Any] = answer.json()
         return parsed
 
@@ -111,6 +114,7 @@ def _finite(logprob: float | None, token: int) -> float:
     if logprob is None or not -9999.0 < logprob <= 0.0:
         raise RequestError(
             f"vLLM gave token {token} the log-probability {logprob}: the weights, or the kernel"
-            " that runs them, are broken"
+            " that runs them, are broken",
+            answered=True,
         )
     return float(logprob)

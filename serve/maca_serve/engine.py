@@ -25,6 +25,8 @@ LOG_TAIL = 15
 # A start is given up when the engine has logged nothing for this long.
 SILENT_SECONDS = 600.0
 POLL_SECONDS = 0.5
+# A dying engine fails its requests a little before its process ends.
+DEATH_SECONDS = 5.0
 # What a start takes on two cores; only the first bar's estimate hangs on it.
 EXPECTED_SECONDS = 60.0
 
@@ -109,7 +111,8 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         """Stop; a failed request of a dead engine becomes an EngineError."""
-        died = isinstance(error, RequestError) and self._dies_within(10.0)
+        unanswered = isinstance(error, RequestError) and not error.answered
+        died = unanswered and self._dies_within(DEATH_SECONDS)
         failure = self._failure("died while it was used") if died else None
         self._stop(keep_log=died)
         if failure is not None:
@@ -209,6 +212,8 @@ def claim_port(host: str, port: int | None) -> int:
     Raises:
         UserError: taken, not allowed, or no such host.
     """
+    if port is not None and not 0 < port < 65536:
+        raise UserError(f"cannot listen on {host} port {port}: ports are 1 to 65535 (--port)")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -216,8 +221,8 @@ def claim_port(host: str, port: int | None) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             return int(probe.getsockname()[1])
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(
-            f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error};"
+            f"cannot listen on {host} port {port}: {error.strerror or error};"
             " choose another with --port"
         ) from error

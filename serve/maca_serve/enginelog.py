@@ -6,7 +6,7 @@ import re
 # `Using X for NVFP4 GEMM`, `Selected CPUInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8`.
 _KERNEL = re.compile(
     r"(?:Using|Selected) (?P<kernel>\w+) for "
-    r"(?P<what>\w*(?:CompressedTensors|LinearMethod)\w*|mixed-precision linear|MXFP\d GEMM|NVFP4 GEMM)"
+    r"(?:\w*(?:CompressedTensors|LinearMethod)\w*|mixed-precision linear|MXFP\d GEMM|NVFP4 GEMM)"
 )
 _PREFIX = re.compile(r"^\([\w\- ]+pid=\d+\) (?:(?:ERROR|INFO|WARNING) [\d\- :]+\[[^]]+\] ?)?")
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<type>\w+(?:Error|Exception)): (?P<message>.+)")

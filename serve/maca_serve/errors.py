@@ -6,7 +6,15 @@ class UserError(Exception):
 
 
 class RequestError(UserError):
-    """The running engine refused a request, or did not answer it."""
+    """The running engine refused a request, or did not answer it.
+
+    Attributes:
+        answered: whether it answered as one in good health does; if not, it may be dying.
+    """
+
+    def __init__(self, message: str, *, answered: bool = False) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 class EngineError(UserError):

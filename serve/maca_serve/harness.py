@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -78,10 +79,7 @@ def open_harness(names: list[str]) -> Harness:
             f"--tasks: {names[0]!r} is neither a file nor `continuation`; to take it as an lm-eval"
             " task: pip install 'lm_eval[api]'"
         )
-    from lm_eval.tasks import TaskManager
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager()
+    manager = _task_manager()
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(
@@ -95,6 +93,15 @@ def open_harness(names: list[str]) -> Harness:
                 " it needs the Hugging Face hub or its local cache"
             ) from error
     return Harness(names, manager)
+
+
+@cache
+def _task_manager() -> Any:
+    """lm-eval's index of tasks, which takes it seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
 
 
 def read_task(results: dict[str, Any], name: str) -> dict[str, Any]:

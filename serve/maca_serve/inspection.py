@@ -10,6 +10,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
+from numpy.typing import NDArray
 
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.plots import STYLE, colour, to_svg
@@ -22,7 +24,6 @@ LIMIT_LOG2 = 1.0
 MAX_COLUMNS = 400
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.(?:.*\.)?(\w+)$")
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def losses_plot(checkpoints: list[Checkpoint]) -> str | None:
                 name = checkpoints[index].name
                 axes.plot(layers, losses, ".-", ms=4, lw=1, color=colour(index), label=name)
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_title(kind, fontsize=9.5)
         figure.supxlabel("layer", fontsize=9.5)
         figure.supylabel("loss", fontsize=9.5)
@@ -120,7 +123,7 @@ def diagonal_views(checkpoint: Checkpoint) -> list[DiagonalView]:
     return views
 
 
-def relative_diagonals(diagonals: list[list[float]]) -> FloatArray:
+def relative_diagonals(diagonals: list[list[float]]) -> NDArray[np.float64]:
     """log2 of each length's diagonal relative to the geometric mean over lengths.
 
     Each length is first divided by its own geometric mean over channels: an overall factor
@@ -136,11 +139,11 @@ def relative_diagonals(diagonals: list[list[float]]) -> FloatArray:
     # Channels that were never active would be minus infinity.
     logs = np.log2(np.maximum(values, np.finfo(np.float32).tiny))
     logs -= logs.mean(axis=1, keepdims=True)
-    centred: FloatArray = logs - logs.mean(axis=0, keepdims=True)
+    centred: NDArray[np.float64] = logs - logs.mean(axis=0, keepdims=True)
     return centred
 
 
-def _heat_map(relative: FloatArray, lengths: list[str], name: str) -> str:
+def _heat_map(relative: NDArray[np.float64], lengths: list[str], name: str) -> str:
     # Sorted by how the longest input differs from the shortest: a gradient, not noise.
     order = np.argsort(relative[-1] - relative[0])
     columns = np.array_split(relative[:, order], min(MAX_COLUMNS, relative.shape[1]), axis=1)

@@ -133,7 +133,7 @@ def measure(
         "versions": versions(),
         "settings": {
             "accuracy": plan.describe() if plan else None,
-            "speed": vars(speed) if speed else None,
+            "speed": speed.describe() if speed else None,
             "engine": {
                 checkpoint.name: {"arguments": s.arguments, "environment": s.environment}
                 for checkpoint, s in zip(checkpoints, fits, strict=True)

@@ -94,6 +94,7 @@ def tasks_plot(entries: list[Entry]) -> str:
             _bars(axes, entries, index, [score for score, _ in scores], errors)
         axes.set_xticks(range(len(names)), names)
         axes.set_ylabel("score (higher is better)")
+        axes.margins(y=0.35)  # room for the legend
 
     return _single(draw, "tasks")
 

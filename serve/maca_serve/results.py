@@ -27,8 +27,10 @@ def check_output(path: str | Path | None, *, folder: bool = False) -> None:
     place = path.absolute() if folder else path.absolute().parent
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--output: {path} cannot be written: {place} is not a writable folder")
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {place}: {error.strerror}") from error
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

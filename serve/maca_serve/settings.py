@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from maca_serve.errors import UserError
 from maca_serve.tasks import CONTINUATION
@@ -73,6 +74,10 @@ class SpeedSettings:
             raise UserError("--concurrency: give positive numbers, e.g. 1,4")
         if len(set(self.concurrency)) != len(self.concurrency):
             raise UserError("--concurrency: a number stands twice")
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as they go into results."""
+        return {**vars(self), "concurrency": list(self.concurrency)}
 
     def prompts_at(self, concurrency: int) -> int:
         """Requests of the run with that many in flight."""

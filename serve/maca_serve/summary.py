@@ -2,8 +2,8 @@
 
 from typing import Any
 
-# Two speeds closer than this are called equal: runs of a few requests scatter by as much.
-SAME_SPEED_PERCENT = 5.0
+# A ratio closer to 1 than this is called neither faster nor slower: short runs scatter as much.
+SAME_SPEED = 0.05
 
 
 def summarize(results: dict[str, Any]) -> str:
@@ -19,28 +19,30 @@ def summarize(results: dict[str, Any]) -> str:
     return f"Against {base['name']} ({base['scheme']}) on {where}: {clauses}."
 
 
-def speedup(base: dict[str, Any], entry: dict[str, Any], level: str) -> float:
-    """Output tokens per second relative to the base's at the same number in flight."""
-    own, other = entry["throughput"][level], base["throughput"][level]
-    return float(own["output_tokens_per_s"] / other["output_tokens_per_s"])
+def describe_speed(base: dict[str, Any], entry: dict[str, Any]) -> str:
+    """Output tokens per second against the base's at every number of requests in flight.
+
+    Returns:
+        E.g. `is faster (1.83x) with 1 in flight, slower than the base (0.54x) with 4 in flight`.
+    """
+    parts = []
+    for level, run in entry["throughput"].items():
+        ratio = run["output_tokens_per_s"] / base["throughput"][level]["output_tokens_per_s"]
+        parts.append(f"{_in_words(ratio)} ({ratio:.2f}x) with {level} in flight")
+    return "is " + ", ".join(parts)
 
 
-def describe_speed(ratio: float) -> str:
-    """`1.83x as fast`, and in words when it is slower or the same."""
-    percent = 100.0 * (ratio - 1.0)
-    if percent < -SAME_SPEED_PERCENT:
-        return f"is slower than the base, {ratio:.2f}x its speed,"
-    if percent < SAME_SPEED_PERCENT:
-        return f"is about as fast as the base ({ratio:.2f}x)"
-    return f"is {ratio:.2f}x as fast"
+def _in_words(ratio: float) -> str:
+    if ratio < 1 - SAME_SPEED:
+        return "slower than the base"
+    return "faster" if ratio > 1 + SAME_SPEED else "about as fast"
 
 
 def _clause(base: dict[str, Any], entry: dict[str, Any]) -> str:
     kept = entry["recovery"]["perplexity"]["mean"]
-    level = next(iter(entry["throughput"]))
     size = 100.0 * entry["size_bytes"] / base["size_bytes"]
     return (
-        f"{entry['name']} ({entry['scheme'].split(',')[0]}) keeps {kept:.1f} % of its perplexity"
-        f" on average over lengths, {describe_speed(speedup(base, entry, level))}"
-        f" at {level} in flight and takes {size:.0f} % of the space"
+        f"{entry['name']} ({entry['scheme'].split(',')[0]}) recovers {kept:.1f} % of the base's"
+        f" perplexity on average over lengths, takes {size:.0f} % of its space and"
+        f" {describe_speed(base, entry)}"
     )

@@ -1,0 +1,81 @@
+"""`vllm serve`, with what the environment variable FAKE_VLLM asks for going wrong."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from vllm.model import logprob
+
+FAULT = os.environ.get("FAKE_VLLM", "")
+LOG = """\
+(Worker pid=7) INFO 11-22 00:28:05 [x.py:1] Using CPUWNA16LinearKernel for mixed-precision linear
+(Worker pid=7) INFO 11-22 00:28:05 [x.py:1] Using CPUWNA16LinearKernel for CompressedTensorsWNA16
+"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer(200, {})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if FAULT == "dies" or (FAULT == "dies in bench" and "prompt_logprobs" not in body):
+            print(
+                "(EngineCore pid=8) ERROR 11-22 00:28:05 [x.py:1] MemoryError: no room", flush=True
+            )
+            os._exit(1)
+        if FAULT == "refuses":
+            return self.answer(400, {"error": {"message": "prompt too long"}})
+        choices = [
+            {"index": i, "prompt_logprobs": entries(ids)} for i, ids in enumerate(body["prompt"])
+        ]
+        # Out of order, as the protocol allows.
+        return self.answer(200, {"choices": choices[::-1]})
+
+    def answer(self, status, value):
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def entries(ids):
+    found = [{str(ids[i]): {"logprob": logprob(ids, i)}} for i in range(1, len(ids))]
+    if FAULT == "nan":
+        found[-1][str(ids[-1])]["logprob"] = -9999.0
+    return [None, *found]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command", choices=["serve"])
+    parser.add_argument("model")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    options, _ = parser.parse_known_args()
+    print(f"arguments {sys.argv[1:]}", flush=True)
+    if FAULT == "does not start":
+        print("(Worker pid=9) ERROR 11-22 00:28:05 [x.py:1] ValueError: no kernel for 3 bits")
+        print("(APIServer pid=1) RuntimeError: Engine core initialization failed. See above.")
+        sys.exit(1)
+    # A worker that outlives its parent unless it is killed too.
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(f"worker {worker.pid}", flush=True)
+    print(LOG, end="", flush=True)
+    if FAULT == "hangs":
+        time.sleep(600)
+    ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

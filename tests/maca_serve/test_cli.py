@@ -1,0 +1,142 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from maca_serve import machine
+from maca_serve.errors import UserError
+
+MAIN = [sys.executable, "-c", "from maca_serve.cli import main; main()"]
+
+
+def call(*arguments, timeout=120):
+    return subprocess.run(
+        [*MAIN, *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def start_up(folder, port):
+    process = subprocess.Popen(
+        [*MAIN, "up", str(folder), "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if line.startswith("Ctrl-C"):
+            break
+    return process, lines
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_up_until_a_signal(fake_vllm, quantized, number, code, alive):
+    process, lines = start_up(quantized, 18431)
+    assert lines[0] == "w4: W4A16 int, group 64, symmetric"
+    assert lines[1] == "kernel: CPUWNA16LinearKernel"
+    assert lines[2] == "url:    http://127.0.0.1:18431/v1"
+    assert lines[4].startswith("try:    curl http://127.0.0.1:18431/v1/completions -H")
+    log = Path(lines[3].split()[1]).read_text()
+    worker = int(re.search(r"worker (\d+)", log)[1])
+    assert alive(worker)
+    process.send_signal(number)
+    assert process.wait(30) == code
+    assert not alive(worker)
+
+
+def test_up_ends_with_the_engine(fake_vllm, quantized):
+    process, _lines = start_up(quantized, 18432)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    assert process.wait(30) == 2
+    assert "error: " in process.stderr.read()
+
+
+def test_error_is_one_line_on_stderr_with_code_2(tmp_path):
+    done = call("accuracy", tmp_path / "nope")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/nope: no such folder\n"
+    assert done.stdout == ""
+
+
+def test_engine_log_stands_before_the_error(fake_vllm, quantized):
+    fake_vllm("does not start")
+    done = call("up", quantized, "--port", "18433")
+    assert done.returncode == 2
+    lines = done.stderr.rstrip().splitlines()
+    assert "no kernel for 3 bits" in done.stderr
+    assert lines[-1].startswith("error: ")
+    assert "vLLM did not start: ValueError: no kernel for 3 bits (log: " in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["up"],
+        ["up", "x", "--trust-remote-code"],
+        ["compare", "base"],
+        ["accuracy", "x", "--windows", "many"],
+        ["fly"],
+    ],
+)
+def test_usage_errors(arguments):
+    done = call(*arguments)
+    assert done.returncode == 2
+    assert "Usage: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--lengths", "64,x"], "--lengths: '64,x' is not a list of numbers"),
+        (["--lengths", ""], "--lengths: '' is not a list"),
+        (["--lengths", "64", "--tasks", "a/b"], "a/b: no such file"),
+    ],
+)
+def test_lists_that_are_none(fake_vllm, quantized, text, arguments, says):
+    done = call("accuracy", quantized, "--text", text, "--windows", 2, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
+def test_accuracy_prints_a_table(fake_vllm, quantized, text, tmp_path):
+    options = ["--text", text, "--lengths", "40,64", "--windows", "2", "--limit", "4"]
+    done = call("accuracy", quantized, *options, "--output", tmp_path / "a.json")
+    assert done.returncode == 0, done.stderr
+    assert "perplexity at length" in done.stdout
+    assert "continuation" in done.stdout
+    assert (tmp_path / "a.json").is_file()
+
+
+def test_help_is_fast_and_loads_nothing_heavy():
+    code = (
+        "import sys; from maca_serve import cli;"
+        "print({'torch', 'transformers', 'matplotlib', 'vllm'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+    began = time.monotonic()
+    assert call("--help").returncode == 0
+    assert time.monotonic() - began < 10
+
+
+def test_missing_vllm_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"vLLM is not installed.*requirements/serve-cpu.txt"):
+        machine.require_vllm()
+
+
+def test_missing_stub_says_what_to_install(fake_vllm, monkeypatch):
+    def version(name):
+        raise machine.PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine, "version", version)
+    with pytest.raises(UserError, match="vllm-cpu-stub"):
+        machine.require_vllm()

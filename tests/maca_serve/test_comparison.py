@@ -1,0 +1,136 @@
+import json
+import math
+
+import pytest
+from maca_serve import UserError, accuracy, compare, throughput
+from maca_serve.recovery import recovery
+
+SMALL = {"lengths": [40, 64, 128], "windows": 3, "limit": 4}
+
+
+@pytest.fixture
+def settings(text, tmp_path):
+    return {"text": text, "output": tmp_path / "out", **SMALL}
+
+
+def test_both_files_and_their_numbers(fake_vllm, base, quantized, settings):
+    results = compare(base, [quantized], **settings)
+    assert json.loads((settings["output"] / "results.json").read_text()) == results
+    assert sorted(file.name for file in settings["output"].iterdir()) == [
+        "report.html",
+        "results.json",
+    ]
+    first, second = results["checkpoints"]
+    assert [first["name"], second["name"]] == ["base", "w4"]
+    assert second["scheme"] == "W4A16 int, group 64, symmetric"
+    assert second["kernel"] == "CPUWNA16LinearKernel"
+    assert second["size_bytes"] == 1000
+    assert list(second["perplexity"]) == ["40", "64", "128"]
+    assert set(second["perplexity"]["64"]) >= {"ppl", "stderr", "nll"}
+    assert set(second["tasks"]["continuation"]) >= {"acc", "acc_stderr", "acc_norm"}
+    assert list(second["throughput"]) == ["1", "4"]
+    # The fake engine does not read weights: both are equally good.
+    assert second["recovery"]["perplexity"] == dict.fromkeys(["40", "64", "128", "mean"], 100.0)
+    assert results["settings"]["accuracy"]["windows"] == 3
+    assert results["machine"]["cores"] >= 1
+    assert results["versions"]["vllm"] == "0.32.0+cpu"
+
+
+def test_perplexity_through_the_server_is_that_of_the_ids(fake_vllm, quantized, text):
+    results = accuracy([quantized], text=text, tasks=[], lengths=[40, 64], windows=2)
+    documents = [json.loads(line)["text"].split() for line in text.read_text().splitlines()]
+    ids = [[int(word[1:]) + 2 for word in document] for document in documents]
+    for length in (40, 64):
+        losses = []
+        for document in ids[:2]:
+            window = [1, *document[63 - (length - 1) : 63]]
+            losses.append(-sum(by_hand(window, i) for i in range(length - 32, length)) / 32)
+        found = results["checkpoints"][0]["perplexity"][str(length)]
+        assert found["nll"] == pytest.approx(sum(losses) / 2)
+        assert found["ppl"] == pytest.approx(math.exp(sum(losses) / 2))
+
+
+def by_hand(ids, place):
+    """What fake/vllm/model.py computes, written again."""
+    return -(1.0 + ((31 * ids[place - 1] + 7 * ids[place]) % 97) / 50.0 + 4.0 / place)
+
+
+def test_each_part_alone_writes_its_file(fake_vllm, base, quantized, text, tmp_path):
+    results = throughput([base, quantized], concurrency=[2], output=tmp_path / "speed.json")
+    assert json.loads((tmp_path / "speed.json").read_text()) == results
+    assert [list(e["throughput"]) for e in results["checkpoints"]] == [["2"], ["2"]]
+    assert all("perplexity" not in entry for entry in results["checkpoints"])
+    results = accuracy([quantized], text=text, names=["mine"], **SMALL)
+    assert results["checkpoints"][0]["name"] == "mine"
+    assert "throughput" not in results["checkpoints"][0]
+
+
+def test_local_task_files(fake_vllm, quantized, text, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"question": f"w{i}", "choices": ["w1", "w2 w3"], "answer": 1} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = accuracy([quantized], text=text, tasks=["continuation", str(path)], **SMALL)
+    found = tasks["checkpoints"][0]["tasks"]
+    assert {name: task["questions"] for name, task in found.items()} == {
+        "continuation": 4,
+        "mine": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lengths": [64, 1024]}, "longer than the model's context 512"),
+        ({"lengths": [64, 32]}, "32 after 64"),
+        ({"windows": 50}, "spans of 128 tokens, 50 windows"),
+        ({"limit": 1}, "--limit: 1"),
+        ({"tasks": ["nope.jsonl"]}, "nope.jsonl: no such file"),
+        ({"concurrency": [0]}, "--concurrency"),
+        ({"input_len": 500, "output_len": 13}, "together longer than the context"),
+        ({"names": ["one"]}, "1 names for 2"),
+        ({"output": "/dev/null/nope"}, "cannot be written"),
+    ],
+)
+def test_bad_input_writes_nothing(fake_vllm, base, quantized, settings, changes, says):
+    fake_vllm("does not start")
+    with pytest.raises(UserError, match=says):
+        compare(base, [quantized], **{**settings, **changes})
+    assert not settings["output"].exists()
+
+
+def test_unquantized_folder_among_the_quantized(fake_vllm, base, make_checkpoint, settings):
+    other = make_checkpoint("other", quantized=False)
+    with pytest.raises(UserError, match="other: not a quantized checkpoint"):
+        compare(base, [other], **settings)
+    assert not settings["output"].exists()
+
+
+def test_other_tokenizer(fake_vllm, base, quantized, settings):
+    file = quantized / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w1":', '"v1":'))
+    with pytest.raises(UserError, match="w4: its tokenizer gives other token ids"):
+        compare(base, [quantized], **settings)
+
+
+def test_failing_engine_writes_nothing(fake_vllm, base, quantized, settings):
+    fake_vllm("dies in bench")
+    with pytest.raises(UserError, match="died while it was used") as error:
+        compare(base, [quantized], **settings)
+    assert not settings["output"].exists()
+    assert error.value.details
+
+
+def test_recovery():
+    def entry(ppl, acc, lower):
+        return {
+            "perplexity": {"64": {"ppl": ppl}, "256": {"ppl": 2 * ppl}},
+            "tasks": {
+                "a": {"acc": acc},
+                "zero": {"acc": 0.0},
+                "b": {"metric": "bits", "bits": lower, "higher_is_better": False},
+            },
+        }
+
+    found = recovery(entry(10.0, 0.5, 1.0), entry(12.5, 0.4, 2.0))
+    assert found["perplexity"] == {"64": 80.0, "256": 80.0, "mean": 80.0}
+    assert found["tasks"] == {"a": 80.0, "zero": None, "b": 50.0, "mean": 65.0}

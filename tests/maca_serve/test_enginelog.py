@@ -1,0 +1,56 @@
+import pytest
+from maca_serve.enginelog import find_cause, find_kernels, last_message
+
+WORKER = "(Worker pid=6948) INFO 11-22 00:28:05 [__init__.py:846] "
+CORE = "(EngineCore pid=8) ERROR 11-22 00:28:05 [core.py:1] "
+
+
+@pytest.mark.parametrize(
+    ("line", "kernels"),
+    [
+        (
+            "Selected CPUInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8",
+            ["CPUInt8ScaledMMLinearKernel"],
+        ),
+        ("Using MarlinLinearKernel for CompressedTensorsWNA16", ["MarlinLinearKernel"]),
+        ("Using CPUWNA16LinearKernel for mixed-precision linear", ["CPUWNA16LinearKernel"]),
+        ("Using HummingLinearKernel for AutoGPTQLinearMethod", ["HummingLinearKernel"]),
+        ("Using CutlassNvFp4 for NVFP4 GEMM", ["CutlassNvFp4"]),
+        ("Using max model len 8192", []),
+        ("Using CPU_ATTN for attention.", []),
+        ("Using LBHNC KV cache layout.", []),
+    ],
+)
+def test_kernels(line, kernels):
+    assert find_kernels([WORKER + line]) == kernels
+
+
+def test_a_kernel_is_named_once():
+    lines = [WORKER + f"Using {k} for CompressedTensorsWNA16" for k in ("A", "B", "A")]
+    assert find_kernels(lines) == ["A", "B"]
+
+
+def test_the_first_hand_cause_is_found():
+    lines = [
+        WORKER + "Starting to load model",
+        CORE + "Traceback (most recent call last):",
+        CORE + "ValueError: Failed to find a kernel that can implement the WNA16 layer. Reasons: ",
+        "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    assert find_cause(lines) == (
+        "ValueError: Failed to find a kernel that can implement the WNA16 layer. Reasons:"
+    )
+
+
+def test_pydantic_names_the_error_on_the_next_lines():
+    lines = [
+        "(APIServer pid=1) pydantic_core._pydantic_core.ValidationError: 1 validation error for M",
+        "(APIServer pid=1)   Value error, max_model_len (9000) is greater [type=value_error]",
+    ]
+    assert find_cause(lines).startswith("ValidationError: Value error, max_model_len (9000)")
+
+
+def test_no_cause_and_the_last_message():
+    assert find_cause([WORKER + "all is well"]) is None
+    assert last_message([WORKER + "Loading weights", "", "  "]) == "Loading weights"
+    assert last_message([]) == ""

@@ -1,0 +1,82 @@
+import pytest
+from maca_serve import fit as module
+from maca_serve.checkpoint import open_checkpoint
+from maca_serve.errors import UserError
+from maca_serve.fit import GIB, fit, kv_bytes_per_token
+
+CPU, CUDA = "0.32.0+cpu", "0.32.0"
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """Two cores with 8 GiB free, and nothing set by the user."""
+    monkeypatch.setattr(module, "physical_cpus", lambda: [0, 2])
+    monkeypatch.setattr(module, "available_memory", lambda: 8 * GIB)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+
+
+def option(settings, name):
+    return settings.arguments[settings.arguments.index(name) + 1]
+
+
+def test_small_cpu(quantized):
+    settings = fit(open_checkpoint(quantized), CPU)
+    assert "--enforce-eager" in settings.arguments
+    assert option(settings, "--dtype") == "bfloat16"
+    assert option(settings, "--max-model-len") == "512"
+    assert settings.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,2"
+    assert settings.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "--trust-remote-code" not in settings.arguments
+
+
+def test_long_context_is_cut_on_a_cpu_unless_asked_for(make_checkpoint):
+    checkpoint = open_checkpoint(make_checkpoint("long", max_position_embeddings=131072))
+    assert option(fit(checkpoint, CPU), "--max-model-len") == "8192"
+    assert option(fit(checkpoint, CPU, max_model_len=20000), "--max-model-len") == "20000"
+    assert option(fit(checkpoint, CPU, measured=9000), "--max-model-len") == "9000"
+
+
+def test_many_cores_are_left_to_vllm(quantized, monkeypatch):
+    monkeypatch.setattr(module, "physical_cpus", lambda: list(range(16)))
+    environment = fit(open_checkpoint(quantized), CPU).environment
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
+
+
+def test_what_the_user_set_stands(quantized, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert fit(open_checkpoint(quantized), CPU).environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+
+
+def test_cuda_keeps_the_defaults(quantized):
+    assert fit(open_checkpoint(quantized), CUDA).arguments == []
+    settings = fit(open_checkpoint(quantized), CUDA, max_model_len=100)
+    assert settings.arguments == ["--max-model-len", "100"]
+
+
+@pytest.mark.parametrize("version", [CPU, CUDA])
+def test_a_prompt_may_fill_the_context_when_measuring(quantized, version):
+    settings = fit(open_checkpoint(quantized), version, measured=513)
+    assert "--no-enable-prefix-caching" in settings.arguments
+    assert option(settings, "--max-model-len") == "513"
+    assert settings.environment["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] == "1"
+
+
+def test_cache_grows_with_the_model(make_checkpoint):
+    shape = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128}
+    checkpoint = open_checkpoint(make_checkpoint("8b", max_position_embeddings=4096, **shape))
+    assert kv_bytes_per_token(checkpoint.config) == 2 * 2 * 32 * 8 * 128
+    # Half a GiB for each of 4 sequences.
+    assert fit(checkpoint, CPU).environment["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+
+def test_too_little_memory(quantized, monkeypatch):
+    monkeypatch.setattr(module, "available_memory", lambda: GIB)
+    with pytest.raises(UserError, match="too little free memory"):
+        fit(open_checkpoint(quantized), CPU)
+
+
+@pytest.mark.parametrize(("length", "says"), [(0, "not positive"), (513, "longer than the conte")])
+def test_lengths_that_do_not_fit(quantized, length, says):
+    with pytest.raises(UserError, match=says):
+        fit(open_checkpoint(quantized), CPU, max_model_len=length)

@@ -1,0 +1,76 @@
+"""The same through the real vLLM, on checkpoints that MACA_TEST_CHECKPOINTS names."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from maca_serve import UserError, compare, up
+from maca_serve.client import Client
+
+FOLDER = os.environ.get("MACA_TEST_CHECKPOINTS")
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(
+        FOLDER is None, reason="MACA_TEST_CHECKPOINTS names no folder with base/ and w4a16/"
+    ),
+]
+
+
+@pytest.fixture
+def checkpoints() -> tuple[Path, Path]:
+    return Path(FOLDER, "base"), Path(FOLDER, "w4a16")
+
+
+def test_compare(checkpoints, tmp_path):
+    base, quantized = checkpoints
+    results = compare(
+        base,
+        [quantized],
+        lengths=[64, 128],
+        windows=4,
+        limit=8,
+        concurrency=[1],
+        prompts=2,
+        output_len=8,
+        output=tmp_path,
+    )
+    first, second = json.loads((tmp_path / "results.json").read_text())["checkpoints"]
+    assert first["kernel"] == "none (BF16)"
+    assert second["kernel"].endswith("LinearKernel")
+    assert second["throughput"]["1"]["requests"] == 2
+    assert 30 < second["recovery"]["perplexity"]["mean"] < 130
+    assert first["perplexity"]["128"]["ppl"] < first["perplexity"]["64"]["ppl"]
+    assert results["checkpoints"][0]["size_bytes"] > second["size_bytes"]
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_a_prompt_alone_and_among_others_scores_alike_and_nothing_is_left(checkpoints, alive):
+    with up(checkpoints[1], port=None, max_model_len=512) as engine:
+        group = engine._process.pid
+        client: Client = engine.client()
+        prompts = [[100 + i, *range(200, 240 + 7 * i)] for i in range(4)]
+        together = client.prompt_logprobs(prompts)
+        for prompt, among in zip(prompts, together, strict=True):
+            (alone,) = client.prompt_logprobs([prompt])
+            # bfloat16 sums in another order: 1/64 of a nat per token.
+            assert alone == pytest.approx(among, abs=0.25)
+            assert sum(alone) / len(alone) == pytest.approx(sum(among) / len(among), abs=1 / 64)
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        assert not (int(fields[2]) == group and alive(int(status.parent.name)))
+
+
+def test_what_vllm_cannot_load_is_named(checkpoints, tmp_path):
+    for file in checkpoints[1].iterdir():
+        (tmp_path / file.name).symlink_to(file.resolve())
+    config = json.loads((checkpoints[1] / "config.json").read_text())
+    config["architectures"] = ["NoSuchModel"]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"vLLM did not start: .*NoSuchModel"):
+        up(tmp_path, port=None).__enter__()

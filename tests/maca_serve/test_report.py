@@ -1,0 +1,172 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from maca_serve.checkpoint import open_checkpoint
+from maca_serve.inspection import diagonal_views, relative_diagonals, run_rows
+from maca_serve.recovery import recovery
+from maca_serve.report import render_report
+from maca_serve.summary import summarize
+
+RECORD = {
+    "format": 1,
+    "base_model": "tiny",
+    "method": "maca",
+    "scheme": "W4A16",
+    "seed": 7,
+    "calibration": {"source": "a.jsonl", "tokens": 12345, "lengths": {"128": 10, "512": 4}},
+    "modules": [
+        {"name": f"model.layers.{layer}.{kind}", "loss": 0.5 + layer}
+        for layer in range(3)
+        for kind in ("self_attn.q_proj", "mlp.down_proj")
+    ],
+    "wall_seconds": {"load": 1.2, "calibrate": 30.4},
+    "peak_rss_bytes": 2_500_000_000,
+    "peak_device_bytes": None,
+}
+DIAGONALS = {
+    "lengths": [128, 512],
+    "modules": {
+        "model.layers.0.self_attn.q_proj": {"128": [1.0, 2.0, 4.0], "512": [1.0, 2.0, 16.0]}
+    },
+}
+
+
+def entry(name, speed, ppl, size):
+    run = {f"{m}_ms": {"median": 5.0, "p99": 9.0} for m in ("ttft", "tpot", "itl", "e2el")}
+    return {
+        "name": name,
+        "scheme": "BF16" if name == "base" else "W4A16 int, group 64, symmetric",
+        "kernel": "K",
+        "size_bytes": size,
+        "perplexity": {n: {"ppl": ppl, "stderr": 0.5, "nll": 1.0} for n in ("64", "256")},
+        "tasks": {
+            "continuation": {
+                "acc": 0.5,
+                "acc_stderr": 0.1,
+                "acc_norm": 0.4,
+                "acc_norm_stderr": 0.1,
+                "questions": 20,
+            },
+            "named": {"metric": "exact_match", "exact_match": 0.25, "questions": 8},
+        },
+        "throughput": {
+            level: {**run, "output_tokens_per_s": s, "total_tokens_per_s": 5 * s}
+            for level, s in speed.items()
+        },
+    }
+
+
+@pytest.fixture
+def results():
+    entries = [
+        entry("base", {"1": 10.0, "4": 40.0}, 20.0, 4_000_000),
+        entry("w4 <b>", {"1": 18.3, "4": 21.6}, 25.0, 1_000_000),
+    ]
+    for each in entries:
+        each["recovery"] = recovery(entries[0], each)
+    return {
+        "machine": {"cpu": "Some CPU", "cores": 2, "gpus": []},
+        "versions": {"vllm": "0.32.0+cpu"},
+        "settings": {
+            "accuracy": {"windows": 16, "targets_per_window": 32},
+            "speed": {"input_len": 128, "output_len": 32},
+        },
+        "checkpoints": entries,
+    }
+
+
+@pytest.fixture
+def checkpoints(base, quantized):
+    (quantized / "maca_run.json").write_text(json.dumps(RECORD))
+    (quantized / "maca_diagonals.json").write_text(json.dumps(DIAGONALS))
+    return [open_checkpoint(base), open_checkpoint(quantized)]
+
+
+class Page(HTMLParser):
+    """Counts elements, and collects whatever a browser would fetch."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.fetched, self.ids = [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "data", "action") and value[0] != "#":
+                self.fetched.append(value[:40])
+            if name == "id":
+                self.ids.append(value)
+
+
+def test_page_fetches_nothing_and_has_every_plot(results, checkpoints):
+    html = render_report(results, checkpoints)
+    page = Page(html)
+    # Heat maps are pictures inside the page.
+    assert {value[:15] for value in page.fetched} == {"data:image/png;"}
+    assert not {"script", "link", "iframe", "object"} & set(page.elements)
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+    # Size, perplexity, recovery, tasks, speed, losses, one diagonal.
+    assert page.elements.count("svg") == 7
+    assert "w4 &lt;b&gt;" in html
+    assert "<b>" not in html
+
+
+def test_page_without_inspection(results, base, quantized):
+    html = render_report(results, [open_checkpoint(base), open_checkpoint(quantized)])
+    assert "How they were made" not in html
+    assert "What each input length sees" not in html
+    assert Page(html).elements.count("svg") == 5
+
+
+def test_summary_is_honest_about_speed(results):
+    assert summarize(results) == (
+        "Against base (BF16) on Some CPU (2 cores): w4 <b> (W4A16 int) recovers 80.0 % of the"
+        " base's perplexity on average over lengths, takes 25 % of its space and is faster"
+        " (1.83x) with 1 in flight, slower than the base (0.54x) with 4 in flight."
+    )
+
+
+def test_summary_names_gpus_and_equal_speed(results):
+    results["machine"]["gpus"] = ["NVIDIA H100"]
+    run = results["checkpoints"][1]["throughput"]
+    run["1"]["output_tokens_per_s"] = 10.3
+    assert " on NVIDIA H100: " in summarize(results)
+    assert "is about as fast (1.03x) with 1 in flight" in summarize(results)
+
+
+def test_run_record():
+    rows = dict(run_rows(RECORD))
+    assert rows["method"] == "maca"
+    assert rows["sequences by length"] == "10 x 128, 4 x 512"
+    assert rows["calibration tokens"] == "12,345"
+    assert rows["wall time"] == "load 1 s, calibrate 30 s"
+    assert rows["peak memory"] == "2.50 GB"
+    assert "peak device memory" not in rows
+    assert run_rows({}) == []
+
+
+def test_scale_of_a_length_cancels_and_its_shape_stays():
+    same = relative_diagonals([[1.0, 2.0, 4.0], [10.0, 20.0, 40.0]])
+    assert same == pytest.approx(0.0)
+    # Logs (0 1 2) and (0 1 4), centred per length: (-1 0 1) and (-5/3 -2/3 7/3).
+    other = relative_diagonals([[1.0, 2.0, 4.0], [1.0, 2.0, 16.0]])
+    assert other[1].tolist() == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
+    assert other[0].tolist() == pytest.approx([1 / 3, 1 / 3, -2 / 3])
+
+
+def test_views_count_the_channels_that_differ(checkpoints):
+    (view,) = diagonal_views(checkpoints[1])
+    # Spreads 2/3, 2/3 and 4/3 of an octave, all above 1.5-fold.
+    assert (view.share, view.channels) == (100.0, 3)
+    assert diagonal_views(checkpoints[0]) == []
+
+
+def test_one_length_has_nothing_to_compare(quantized):
+    path: Path = quantized / "maca_diagonals.json"
+    path.write_text(json.dumps({"modules": {"m": {"128": [1.0, 2.0]}}}))
+    assert diagonal_views(open_checkpoint(quantized)) == []
