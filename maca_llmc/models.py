@@ -1,4 +1,4 @@
-"""Find, check and load the model to quantize: the embedded one, a folder, or a hub name."""
+"""Find, check, load and save the model to quantize: the embedded one, a folder, or a hub name."""
 
 import json
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from compressed_tensors.quantization.utils import is_module_quantized
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from maca_llmc import smollm2
@@ -92,6 +93,26 @@ def load_model(source: str, config: Any, dtype: Any = "auto", **extra: Any) -> A
         return model_class.from_pretrained(
             source, dtype=dtype, use_safetensors=True, **extra
         ).eval()
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write a quantized model so that both vLLM and transformers can read it.
+
+    llm-compressor writes what is not quantized under the checkpoint's names, which vLLM reads.
+    transformers looks for its own names: where they differ (a vision tower), both are listed.
+    """
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    ignored = config["quantization_config"]["ignore"]
+    ignored += [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and not is_module_quantized(module)
+        and name not in ignored
+    ]
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def meta_model(config: Any) -> Any:

@@ -137,7 +137,7 @@ def quantize(
         if container:
             widen_containers(quantized)
         with run.timed("save"), quiet():
-            quantized.save_pretrained(partial)
+            models.save_model(quantized, partial)
             processor.save_pretrained(partial)
             save_recipe(parsed, partial)
         _write_records(run, quantized, partial, output.name, container)

@@ -37,7 +37,9 @@ def read_recipe(path: str | Path) -> Recipe:
     except ValidationError as error:
         raise UserError(f"recipe {path}: {_first_problem(error)}") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"recipe {path}: {_one_line(error)}") from error
+        cure = " Use MaCaModifier, GPTQModifier or another of llm-compressor's."
+        unknown = str(error).startswith("No modifier of type")
+        raise UserError(f"recipe {path}: {_one_line(error)}{cure if unknown else ''}") from error
 
 
 def default_recipe(model: torch.nn.Module) -> Recipe:
@@ -108,7 +110,9 @@ def _first_problem(error: ValidationError) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"unknown field {where!r} of {error.title}: check its spelling"
-    return f"{error.title}: {where + ': ' if where else ''}{problem['msg']}"
+    given = f" {problem['input']!r}" if isinstance(problem["input"], str | int | float) else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    return " ".join(f"{error.title}: {where}{given}: {message}".split())
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,226 @@
+"""Every recipe file on a tiny model of its family, and what is refused of a broken one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from checkpoints import quantization_config, quantize, quantized_modules, tensors
+from llmcompressor.modifiers.gptq import GPTQModifier
+from tiny import WIDE
+
+from maca_llmc import MaCaModifier
+from maca_llmc.errors import UserError
+from maca_llmc.recipes import default_recipe, quantizing_modifier, read_recipe, save_recipe
+
+FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FAMILIES = {"qwen3": ["qwen3", "qwen3_moe"], "gemma3": ["gemma3_text", "gemma3"]}
+"""By the first part of a recipe's name; llama for all others."""
+
+SHAPE = {**WIDE, "num_hidden_layers": 1}
+EXPECTED = {
+    "w4a16-g128": (4, "group", 128),
+    "w4a16-g64": (4, "group", 64),
+    "w4a16-channel": (4, "channel", None),
+    "w3a16-g64": (3, "group", 64),
+    "w2a16-g64": (2, "group", 64),
+    "w8a8": (8, "channel", None),
+    "qwen3-w4a16": (4, "group", 128),
+    "gemma3-w4a16": (4, "group", 128),
+    "llama3-w4a16": (4, "group", 128),
+}
+VALID = """
+quantize_stage:
+  quantize_modifiers:
+    GPTQModifier:
+      scheme: W4A16
+      ignore: [lm_head]
+"""
+
+
+def families(file):
+    return FAMILIES.get(file.name.split("-")[0], ["llama"])
+
+
+def test_the_recipes_are_the_ones_expected():
+    assert {file.name.split(".")[0] for file in FILES} == EXPECTED.keys()
+    assert len(FILES) == 15
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_recipe_names_its_method(file):
+    modifier = quantizing_modifier(read_recipe(file))
+    method = {"maca": MaCaModifier, "gptq": GPTQModifier}[file.suffixes[-2].removeprefix(".")]
+    assert type(modifier) is method
+    assert method is GPTQModifier or modifier.length_exponent == 1.0
+
+
+@pytest.mark.parametrize(
+    ("file", "family"),
+    [pytest.param(f, family, id=f"{f.stem}-{family}") for f in FILES for family in families(f)],
+)
+def test_recipe_quantizes_a_model_of_its_family(tiny_models, tmp_path, file, family):
+    tied = family != "qwen3"
+    source = tiny_models(family, **SHAPE, tie_word_embeddings=tied)
+    output = quantize(source, tmp_path / "out", file)
+
+    bits, strategy, group_size = EXPECTED[file.name.split(".")[0]]
+    config = quantization_config(output)
+    assert len(config["config_groups"]) == 1
+    group = config["config_groups"]["group_0"]
+    weights = group["weights"]
+    assert (weights["num_bits"], weights["strategy"], weights["group_size"]) == (
+        bits,
+        strategy,
+        group_size,
+    )
+    assert (group["input_activations"] is not None) == (bits == 8)
+    assert group["format"] == ("int-quantized" if bits == 8 else "pack-quantized")
+
+    before, after = tensors(source), tensors(output)
+    suffix = ".weight_scale"
+    quantized = {name.removesuffix(suffix) for name in after if name.endswith(suffix)}
+    linears = {
+        name.removesuffix(".weight")
+        for name in before
+        if name.endswith("_proj.weight") and "vision_tower" not in name
+    }
+    assert quantized == linears and len(linears) >= 7
+    untouched = before.keys() - {f"{name}.weight" for name in linears}
+    assert untouched == {n for n in after if n.rpartition(".")[0] not in linears}
+    for name in untouched:
+        assert torch.equal(before[name], after[name]), name
+    assert any("lm_head" in name for name in after) == (not tied), "one tensor when tied"
+    assert any("embed_tokens" in name for name in after)
+
+
+def test_the_vision_tower_and_projector_are_left_alone_on_reload_too(tiny_models, tmp_path):
+    source = tiny_models("gemma3", **SHAPE)
+    recipe = next(file for file in FILES if file.name.startswith("gemma3"))
+    modules = quantized_modules(quantize(source, tmp_path / "out", recipe))
+    assert len(modules) == 7 and all("language_model.layers" in name for name in modules)
+
+
+def test_one_word_makes_a_gptq_recipe_a_maca_recipe(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(VALID)
+    stock = quantizing_modifier(read_recipe(file))
+    file.write_text(VALID.replace("GPTQModifier", "MaCaModifier"))
+    maca = quantizing_modifier(read_recipe(file))
+    assert type(stock) is GPTQModifier and type(maca) is MaCaModifier
+    assert stock.model_dump() == maca.model_dump(exclude={"length_exponent", "nested_scales"})
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W4A16_ASYM"])
+def test_preset_schemes_run_with_maca_and_nested_scales(tiny_models, tmp_path, scheme):
+    text = VALID.replace("GPTQModifier", "MaCaModifier").replace("W4A16", scheme)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text + "      nested_scales: [8, 16]\n")
+    assert quantizing_modifier(read_recipe(file)).nested_scales == [8, 16]
+    output = quantize(tiny_models("llama", **SHAPE), tmp_path / "out", file)
+    weights = quantization_config(output)["config_groups"]["group_0"]["weights"]
+    assert (weights["type"], weights["symmetric"]) == {
+        "FP8_DYNAMIC": ("float", True),
+        "W4A16_ASYM": ("int", False),
+    }[scheme]
+    assert len(quantized_modules(output)) == 7
+    saved = yaml.safe_load((output / "recipe.yaml").read_text())
+    assert saved["quantize_stage"]["quantize_modifiers"]["MaCaModifier"]["nested_scales"] == [8, 16]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_saved_recipe_reads_as_the_same(tmp_path, file):
+    recipe = read_recipe(file)
+    save_recipe(recipe, tmp_path)
+    again = read_recipe(tmp_path / "recipe.yaml")
+    assert [type(modifier) for modifier in again.modifiers] == [
+        type(modifier) for modifier in recipe.modifiers
+    ]
+    for one, other in zip(recipe.modifiers, again.modifiers, strict=True):
+        away = {"config_groups", "scheme"}  # saved resolved, and compared so
+        assert one.model_dump(exclude=away) == other.model_dump(exclude=away)
+        assert one.resolve_quantization_config() == other.resolve_quantization_config()
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [
+        ({"hidden_size": 128, "intermediate_size": 256}, ("group", 128)),
+        ({"hidden_size": 64, "intermediate_size": 192}, ("group", 64)),
+        ({"hidden_size": 64, "intermediate_size": 96}, ("group", 32)),
+        ({"hidden_size": 64, "intermediate_size": 72}, ("channel", None)),
+    ],
+)
+def test_the_default_recipe_takes_the_largest_group_that_fits(tiny_model, widths, expected):
+    head = widths["hidden_size"] // 4
+    model = tiny_model("llama", num_hidden_layers=1, head_dim=head, **widths)
+    modifier = quantizing_modifier(default_recipe(model))
+    weights = modifier.resolved_config.config_groups["group_0"].weights
+    assert type(modifier) is MaCaModifier and modifier.ignore == ["lm_head"]
+    assert (weights.num_bits, weights.strategy, weights.group_size) == (4, *expected)
+
+
+BROKEN = {
+    "not YAML": ("a: [1", r"is not valid YAML: .*line 1"),
+    "nothing": ("", r"parses to nothing.*NAME_stage"),
+    "a comment": ("# nothing\n", r"parses to nothing"),
+    "a text": ("just words", r"parses to nothing"),
+    "wrong stage key": (VALID.replace("quantize_stage", "quantize"), r"'quantize' does not end in"),
+    "empty stage": ("quantize_stage:\n", r"quantize_stage holds no modifiers"),
+    "wrong group key": (
+        VALID.replace("quantize_modifiers", "modifiers_"),
+        r"'modifiers_' does not end in _modifiers",
+    ),
+    "empty group": (
+        "quantize_stage:\n  quantize_modifiers:\n",
+        r"quantize_modifiers holds no modifiers",
+    ),
+    "only arguments": ("args: {bits: 4}\n", r"parses to no modifier"),
+    "unknown modifier": (VALID.replace("GPTQ", "GPTC"), r"'GPTCModifier'.*Use MaCaModifier"),
+    "unknown field": (
+        VALID + "      lenght_exponent: 1\n",
+        r"unknown field 'lenght_exponent' of GPTQModifier: check its spelling",
+    ),
+    "field of the other modifier": (VALID + "      length_exponent: 1\n", r"'length_exponent'"),
+    "wrong value": (
+        VALID + "      block_size: many\n",
+        r"GPTQModifier: block_size 'many': .*integer",
+    ),
+    "no fields": (
+        "quantize_stage:\n  quantize_modifiers:\n    MaCaModifier:\n",
+        r"MaCaModifier has no fields: give it a scheme",
+    ),
+    "unknown scheme": (VALID.replace("W4A16", "W5A17"), r"scheme 'W5A17': .*preset scheme name"),
+    "orders that disagree": (
+        VALID.replace(
+            "scheme: W4A16",
+            "actorder: weight\n      config_groups: {group_0: {targets: [Linear], weights: "
+            "{num_bits: 4, strategy: group, group_size: 32, actorder: static}}}",
+        ),
+        r"activation ordering",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_recipe_is_refused_in_one_line(tmp_path, case):
+    text, message = BROKEN[case]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_recipe(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.yaml does not exist: see recipes/"):
+        read_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_a_recipe_that_quantizes_nothing_is_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "a_stage:\n  b_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.5}\n"
+    )
+    with pytest.raises(UserError, match="quantizes nothing: add a MaCaModifier"):
+        quantizing_modifier(read_recipe(file))
