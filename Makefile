@@ -51,9 +51,12 @@ demo: setup
 	@echo "report: $(DEMO)/report.html"
 	@echo "try it: .venv-serve/bin/vllm serve $(DEMO)/maca --host 127.0.0.1 --max-model-len 2048"
 
+TESTED := runs/test-checkpoints
+
 test: setup
 	HF_HUB_OFFLINE=1 $(QUANTIZE)/python -m pytest tests/maca_llmc
-	HF_HUB_OFFLINE=1 $(ENGINE)/python -m pytest tests/maca_serve
+	HF_HUB_OFFLINE=1 $(QUANTIZE)/python tests/support/make_checkpoints.py $(TESTED)
+	HF_HUB_OFFLINE=1 MACA_TEST_CHECKPOINTS=$(TESTED) $(ENGINE)/python -m pytest tests/maca_serve
 
 lint: .venv/.installed
 	$(QUANTIZE)/ruff check .

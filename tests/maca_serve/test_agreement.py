@@ -1,0 +1,33 @@
+"""A checkpoint of the quantize side says the same in vLLM as in transformers, on real weights."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from maca_serve import up
+
+FOLDER = os.environ.get("MACA_TEST_CHECKPOINTS")
+MEAN_TOLERANCE = 0.05
+"""Mean absolute difference of log-probabilities, nats: bfloat16 sums in another order."""
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(FOLDER is None, reason="MACA_TEST_CHECKPOINTS names no folder"),
+]
+
+
+@pytest.mark.parametrize("name", ["base", "w4a16", "w3-in-4"])
+def test_log_probabilities_agree_with_transformers(name):
+    reference = json.loads(Path(FOLDER, "reference.json").read_text())
+    with up(Path(FOLDER, name), port=None, max_model_len=512) as engine:
+        served = engine.client().prompt_logprobs(reference["prompts"])
+    differences = [
+        abs(ours - theirs)
+        for own, other in zip(served, reference["log_probabilities"][name], strict=True)
+        for ours, theirs in zip(own, other, strict=True)
+    ]
+    assert len(differences) == sum(len(prompt) - 1 for prompt in reference["prompts"])
+    mean = sum(differences) / len(differences)
+    print(f"{name}: mean absolute difference {mean:.4f}, largest {max(differences):.3f}")
+    assert mean < MEAN_TOLERANCE
