@@ -15,7 +15,7 @@ import httpx
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.client import Client
 from maca_serve.console import progress
-from maca_serve.enginelog import find_cause, find_kernels, last_message
+from maca_serve.enginelog import find_cause, find_kernels, last_message, tail
 from maca_serve.errors import EngineError, RequestError, UserError
 from maca_serve.fit import Fit
 from maca_serve.process import start_group, stop_group
@@ -186,7 +186,7 @@ class Engine:
         code = self._exit_code()
         cause = find_cause(lines) or (f"exit code {code}" if code is not None else "no error named")
         return EngineError(
-            f"{self.checkpoint.path}: vLLM {what}: {cause} (log: {self.log})", lines[-LOG_TAIL:]
+            f"{self.checkpoint.path}: vLLM {what}: {cause} (log: {self.log})", tail(lines, LOG_TAIL)
         )
 
     def _lines(self) -> list[str]:

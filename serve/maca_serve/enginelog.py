@@ -10,6 +10,11 @@ _KERNEL = re.compile(
 )
 _PREFIX = re.compile(r"^\([\w\- ]+pid=\d+\) (?:(?:ERROR|INFO|WARNING) [\d\- :]+\[[^]]+\] ?)?")
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<type>\w+(?:Error|Exception)): (?P<message>.+)")
+# A child that was killed, for instance by the kernel for want of memory, has no exception.
+_KILLED = re.compile(r"^(?P<message>Worker proc \S+ died unexpectedly[^,]*)")
+# Python's farewell in every stopped engine's log; it says nothing about why it stopped.
+_NOISE = ("resource_tracker", "warnings.warn(", "nanobind", " - leaked ", " - ... skipped")
+_TAIL_WIDTH = 300
 # What the parent processes say about a child's error, whose own line stands earlier.
 _SECOND_HAND = ("Engine core initialization failed", "Worker failed with error", "EngineCore")
 
@@ -21,9 +26,14 @@ def find_kernels(lines: list[str]) -> list[str]:
 
 
 def find_cause(lines: list[str]) -> str | None:
-    """The first exception that is not second-hand, as `Type: message`, or None."""
+    """The first exception that is not second-hand, as `Type: message`, or None.
+
+    A killed worker counts as one.
+    """
     stripped = [_PREFIX.sub("", line).strip() for line in lines]
     for number, line in enumerate(stripped):
+        if killed := _KILLED.match(line):
+            return killed["message"]
         match = _ERROR.match(line)
         if match is None or any(match["message"].startswith(word) for word in _SECOND_HAND):
             continue
@@ -33,6 +43,12 @@ def find_cause(lines: list[str]) -> str | None:
             message = " ".join(stripped[number + 1 : number + 3])
         return f"{match['type']}: {message}"
     return None
+
+
+def tail(lines: list[str], count: int) -> list[str]:
+    """The last lines with something to say, cut where vLLM dumps whole requests into one."""
+    telling = [line for line in lines if line.strip() and not any(n in line for n in _NOISE)]
+    return [line[:_TAIL_WIDTH] for line in telling[-count:]]
 
 
 def last_message(lines: list[str]) -> str:

@@ -1,5 +1,5 @@
 import pytest
-from maca_serve.enginelog import find_cause, find_kernels, last_message
+from maca_serve.enginelog import find_cause, find_kernels, last_message, tail
 
 WORKER = "(Worker pid=6948) INFO 11-22 00:28:05 [__init__.py:846] "
 CORE = "(EngineCore pid=8) ERROR 11-22 00:28:05 [core.py:1] "
@@ -40,6 +40,19 @@ def test_the_first_hand_cause_is_found():
     assert find_cause(lines) == (
         "ValueError: Failed to find a kernel that can implement the WNA16 layer. Reasons:"
     )
+
+
+def test_a_killed_worker_is_the_cause_of_what_follows():
+    lines = [
+        CORE + "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down.",
+        CORE + "RuntimeError: cancelled",
+    ]
+    assert find_cause(lines) == "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
+
+
+def test_tail_is_what_it_said_last():
+    farewell = ["/x/resource_tracker.py:254: UserWarning: leaked", "  warnings.warn('leaked')", ""]
+    assert tail(["a", "b", "c", "d" * 1000, *farewell], 3) == ["b", "c", "d" * 300]
 
 
 def test_pydantic_names_the_error_on_the_next_lines():
