@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from compressed_tensors.quantization.utils import is_module_quantized
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from maca_llmc import smollm2
@@ -117,8 +118,10 @@ def save_model(model: Any, folder: Path) -> None:
 
 def meta_model(config: Any) -> Any:
     """The model without weights: its modules and their shapes."""
+    model_class = model_class_of(config)
+    build = getattr(model_class, "_from_config", None) or model_class.from_config
     with torch.device("meta"):
-        return separate_experts(model_class_of(config)._from_config(config))
+        return separate_experts(build(config))
 
 
 def model_class_of(config: Any) -> Any:
@@ -153,7 +156,7 @@ def load_processor(source: str, tokenizer: Any) -> Any:
 def _readable(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load model {source}: {reason} (a hub name needs the network or a local copy)"

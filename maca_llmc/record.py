@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -74,7 +75,7 @@ def base_license(source: str) -> str | None:
     card = Path(source) / "README.md" if Path(source).is_dir() else source
     try:
         return ModelCard.load(card, ignore_metadata_errors=True).data.license
-    except (OSError, ValueError, HfHubHTTPError):
+    except (OSError, ValueError, HfHubHTTPError, yaml.YAMLError):
         return None
 
 
