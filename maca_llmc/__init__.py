@@ -12,6 +12,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+__all__ = ["MaCaModifier", "build_calibration_set", "evaluate", "quantize"]
+
 MISSING = (
     "maca-llmc needs llmcompressor==0.14.0.1, which is not installed here (it and vLLM need "
     "environments of their own): run `make setup` and use .venv, or `pip install maca-llmc` in a "
@@ -24,10 +26,9 @@ if find_spec("llmcompressor") is not None:
     from maca_llmc.modifier import MaCaModifier
     from maca_llmc.quantize_run import quantize
 
-    __all__ = ["MaCaModifier", "build_calibration_set", "evaluate", "quantize"]
 else:
 
     def __getattr__(name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise ImportError(MISSING)
+        if name in __all__:
+            raise ImportError(MISSING)
+        raise AttributeError(name)  # also for submodules, which are looked up here first

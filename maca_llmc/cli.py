@@ -29,7 +29,8 @@ def main() -> None:
     if find_spec("llmcompressor") is None:
         sys.exit(_fail(maca_llmc.MISSING))
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        words = sys.argv[1:] or ["--help"]
+        code = app(words, prog_name="maca-llmc", standalone_mode=False)
     except UserError as error:
         code = _fail(str(error))
     except UsageError as error:
