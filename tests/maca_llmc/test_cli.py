@@ -1,0 +1,281 @@
+"""The command: bad input is one line, exit code 2 and nothing written; good input says where."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import random_text
+
+import maca_llmc
+from maca_llmc import cli
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+
+
+@pytest.fixture(scope="module")
+def here(tiny_models, tmp_path_factory):
+    """A folder with a model, data and recipes, good and bad."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = shutil.copytree(tiny_models("llama", num_hidden_layers=1), folder / "model")
+    shutil.copytree(model, folder / "weightless")
+    (folder / "weightless" / "model.safetensors").unlink()
+
+    weights = load_file(shutil.copytree(model, folder / "nan") / "model.safetensors")
+    weights["model.layers.0.post_attention_layernorm.weight"][5] = float("nan")
+    save_file(weights, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+
+    rows = [json.dumps({"text": text}) for text in random_text()]
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    (folder / "broken.jsonl").write_text("\n".join([*rows[:2], '{"text": "cut', *rows[2:]]))
+    (folder / "empty.jsonl").write_text("\n\n")
+    (folder / "nothing.yaml").write_text("quantize:\n  modifiers:\n    MaCaModifier: {}\n")
+    text = "a_stage:\n  b_modifiers:\n    {}:\n      scheme: W8A8\n      {}\n"
+    (folder / "modifier.yaml").write_text(text.format("MacaModifier", "ignore: [lm_head]"))
+    (folder / "field.yaml").write_text(text.format("MaCaModifier", "exponent: 1"))
+    (folder / "full").mkdir()
+    (folder / "full" / "mine").touch()
+    return folder
+
+
+def run(monkeypatch, capsys, *words):
+    """Exit code, standard output and the lines of standard error of ``maca-llmc WORDS``."""
+    monkeypatch.setattr(sys, "argv", ["maca-llmc", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    return caught.value.code or 0, captured.out, captured.err.splitlines()
+
+
+def tree(folder):
+    return sorted(path for path in folder.rglob("*"))
+
+
+def options(here, **changed):
+    given = {
+        "output": here / "out",
+        "model": here / "model",
+        "data": here / "data.jsonl",
+        "scales": "8,16,32",
+        "tokens": 128,
+    } | changed
+    return [w for name, v in given.items() for w in (f"--{name.replace('_', '-')}", str(v))]
+
+
+BAD = {
+    "recipe that is not there": ({"recipe": "nowhere.yaml"}, "nowhere.yaml does not exist: see"),
+    "recipe that is nothing": ({"recipe": "@nothing.yaml"}, "'quantize' does not end in _stage"),
+    "unknown modifier": ({"recipe": "@modifier.yaml"}, "'MacaModifier' .*Use MaCaModifier"),
+    "unknown field": ({"recipe": "@field.yaml"}, "unknown field 'exponent' of MaCaModifier"),
+    "no model": ({"model": "@nowhere"}, "nowhere does not exist: give a folder, a hub name"),
+    "no weights": ({"model": "@weightless"}, "has no safetensors weights: save the model with"),
+    "group size": (
+        {"recipe": RECIPES / "w4a16-g128.maca.yaml"},
+        r"group size 128 does not divide .*q_proj \(64\): 32, 16 would",
+    ),
+    "scales of nothing": ({"scales": "0,8"}, "scales 0,8: give positive lengths such as"),
+    "scales that fall": ({"scales": "16,8"}, "scales 16,8 are not increasing: sort them"),
+    "scales as words": ({"scales": "8,long"}, "--scales '8,long': give whole numbers such as"),
+    "scales over the context": ({"scales": "8,513"}, r"scale 513 .*context \(512\): lower it"),
+    "scales over the text": ({"scales": "8,81"}, r"scale 81 .*any text at hand \(80 tokens\): lo"),
+    "more than the data": ({"tokens": 9000}, "too little text: .*lower the token budget"),
+    "no tokens": ({"tokens": 0}, "token budget is 0: give a positive number"),
+    "unknown balance": ({"balance": "words"}, "balance is 'words': give 'tokens' or 'counts'"),
+    "no data there": ({"data": "@nowhere.jsonl"}, "nowhere.jsonl: no such file or folder: check"),
+    "empty data": ({"data": "@empty.jsonl"}, "empty.jsonl holds no text: give other data"),
+    "wrong column": ({"text_column": "body"}, "line 1 has no column 'body': it has text; name"),
+    "broken line": ({"data": "@broken.jsonl"}, "broken.jsonl line 3 is not JSON .*mend or remove"),
+    "full output": ({"output": "@full"}, "full is not empty: give another one or --overwrite"),
+    "output in a file": ({"output": "@data.jsonl/x"}, "cannot be made in .*give another one"),
+    "unknown device": ({"device": "gpu"}, "device 'gpu': give auto, cpu, cuda or cuda:N"),
+    "no such device": ({"device": "cuda:99"}, "device 'cuda:99' is not there .*--device cpu"),
+    "container for nothing": ({"container": 4}, "this recipe has none: drop it"),
+    "unknown container": ({"container": 8}, "--container 8: only 4 is supported"),
+    "batches of nothing": ({"batch_size": 0}, "batch size is 0: give 1 or more"),
+    "unknown option": ({"modle": "x"}, r"No such option: --modle.*\(see maca-llmc --help\)"),
+    "not a number": ({"tokens": "many"}, "'--tokens': .*valid integer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(here, monkeypatch, capsys, case):
+    changed, message = BAD[case]
+    changed = {
+        name: here / value[1:] if isinstance(value, str) and value.startswith("@") else value
+        for name, value in changed.items()
+    }
+    before = tree(here)
+    code, out, lines = run(monkeypatch, capsys, "quantize", *options(here, **changed))
+    assert code == 2 and out == ""
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert re.search(message, lines[0]), lines[0]
+    assert tree(here) == before
+
+
+def test_nan_in_activations_names_the_module(here, monkeypatch, capsys):
+    """The bar has been shown by then: the error is the last line, and the only one of its kind."""
+    before = tree(here)
+    code, _, lines = run(monkeypatch, capsys, "quantize", *options(here, model=here / "nan"))
+    assert code == 2
+    errors = [line for line in lines if "error" in line.lower()]
+    expected = "error: model.layers.0.mlp.gate_proj: its inputs hold NaN or infinity; check"
+    assert len(errors) == 1 and errors == lines[-1:] and errors[0].startswith(expected), lines
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quantize"], "error: Missing option '--output'. (see maca-llmc --help)"),
+        (["quantise"], "error: No such command 'quantise'."),
+        (["quantize", "--output", "x", "stray"], "error: Got unexpected extra argument(s) (stray)"),
+        (["evaluate", "m"], "error: Missing argument 'checkpoints'."),
+    ],
+)
+def test_a_wrong_call_is_one_line(monkeypatch, capsys, words, message):
+    code, out, lines = run(monkeypatch, capsys, *words)
+    assert code == 2 and out == "" and len(lines) == 1 and lines[0].startswith(message), lines
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["quantize", "--help"], ["evaluate", "--help"]])
+def test_help_is_no_error(monkeypatch, capsys, words):
+    code, out, lines = run(monkeypatch, capsys, *words)
+    assert code == 0 and "Usage: maca-llmc" in out and lines == []
+
+
+def test_an_interrupt_says_so(here, monkeypatch, capsys):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(maca_llmc, "quantize", interrupted)
+    code, _, lines = run(monkeypatch, capsys, "quantize", *options(here))
+    assert code == 130 and lines == ["error: interrupted; nothing was left behind"]
+
+
+def test_a_bug_of_ours_keeps_its_traceback(here, monkeypatch):
+    def broken(*args, **settings):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(maca_llmc, "quantize", broken)
+    monkeypatch.setattr(sys, "argv", ["maca-llmc", "quantize", *options(here)])
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main()
+
+
+def test_every_option_reaches_the_call(here, monkeypatch, capsys):
+    """And what is not given is the call's own default."""
+    seen = {}
+
+    def call(output, **settings):
+        seen.update(settings)
+        output.mkdir()
+        return output
+
+    defaults = maca_llmc.quantize.__kwdefaults__
+    monkeypatch.setattr(maca_llmc, "quantize", call)
+    assert run(monkeypatch, capsys, "quantize", "--output", here / "plain")[0] == 0
+    assert seen == defaults
+    given = options(here, recipe="r.yaml", balance="counts", text_column="t", split="s")
+    given += ["--config-name", "c", "--batch-size", "2", "--seed", "5", "--device", "cpu"]
+    given += ["--container", "4", "--whole-documents", "--overwrite"]
+    assert run(monkeypatch, capsys, "quantize", *given)[0] == 0
+    for folder in ("plain", "out"):
+        (here / folder).rmdir()
+    assert seen == {
+        "model": str(here / "model"),
+        "recipe": Path("r.yaml"),
+        "data": str(here / "data.jsonl"),
+        "scales": [8, 16, 32],
+        "tokens": 128,
+        "balance": "counts",
+        "whole_documents": True,
+        "text_column": "t",
+        "split": "s",
+        "config_name": "c",
+        "batch_size": 2,
+        "seed": 5,
+        "device": "cpu",
+        "container": 4,
+        "overwrite": True,
+    }
+
+
+def process(code, *words, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+MAIN = "from maca_llmc.cli import main; main()"
+
+
+def test_quantize_and_evaluate_for_real(here, monkeypatch, capsys, tmp_path):
+    """In a process of its own, as installed; then the evaluation of what came out."""
+    output = tmp_path / "checkpoint"
+    done = process(MAIN, "quantize", *options(here, output=output))
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {output} (" in done.stdout and f"maca-serve up {output}" in done.stdout
+    assert "layer 1/1" in done.stderr and "100%" in done.stderr
+    assert "Traceback" not in done.stderr and "error" not in done.stderr.lower()
+    assert (output / "model.safetensors").is_file()
+
+    results = tmp_path / "deep" / "results.json"
+    words = ["--text", here / "data.jsonl", "--lengths", "40,64", "--windows", 2]
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(
+        monkeypatch, capsys, "evaluate", here / "model", output, *words, "--output", results
+    )
+    assert code == 0 and "KL divergence to the base" in out and "64 tokens" in out
+    entries = json.loads(results.read_text())["checkpoints"]
+    assert [entry["name"] for entry in entries] == ["base", "checkpoint"]
+    assert f"{entries[1]['kl']['64']['mean']:.4g} ±" in out
+    assert f"{entries[1]['perplexity']['40']['ppl']:.4g} ±" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["@model", "@full"], "full is not a checkpoint .*maca-llmc quantize wrote"),
+        (["@model", "@model"], "model is not a quantized checkpoint: make one with"),
+        (["@nowhere", "@model"], "nowhere does not exist"),
+        (["@model", "@model", "--lengths", "a"], "--lengths 'a': give whole numbers"),
+    ],
+)
+def test_bad_input_of_evaluate_is_one_line(here, monkeypatch, capsys, words, message):
+    words = [here / word[1:] if word.startswith("@") else word for word in words]
+    code, out, lines = run(monkeypatch, capsys, "evaluate", "--lengths", "40", *words)
+    assert code == 2 and out == "" and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert re.search(message, lines[0]), lines[0]
+
+
+WITHOUT = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "llmcompressor" else find(name, *a)
+"""
+
+
+def test_the_wrong_environment_says_what_to_install():
+    done = process(WITHOUT + MAIN, "quantize", "--output", "x")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: {maca_llmc.MISSING}\n"
+    assert "llmcompressor==0.14.0.1" in maca_llmc.MISSING and "make setup" in maca_llmc.MISSING
+    done = process(WITHOUT + "import maca_llmc; maca_llmc.quantize")
+    assert done.returncode == 1 and done.stderr.endswith(f"ImportError: {maca_llmc.MISSING}\n")
+
+
+def test_poisoned_weights_are_really_poisoned(here):
+    """The guard of the NaN test."""
+    weights = load_file(here / "nan" / "model.safetensors")
+    assert sum(int(torch.isnan(tensor).sum()) for tensor in weights.values()) == 1

@@ -1,0 +1,131 @@
+"""Finding, checking and loading the model to quantize."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import save_tiny_model, tiny_tokenizer
+from transformers import AutoProcessor
+
+from maca_llmc import models, smollm2
+from maca_llmc.errors import UserError
+
+
+@pytest.fixture
+def copy(tiny_models, tmp_path):
+    """A tiny model's folder to break."""
+    return shutil.copytree(tiny_models("llama", num_hidden_layers=1), tmp_path / "model")
+
+
+def test_a_folder_a_hub_name_and_the_embedded_model_resolve(copy, tmp_path, monkeypatch):
+    assert models.resolve_model(str(copy)) == str(copy)
+    assert models.resolve_model("org/name") == "org/name"
+    monkeypatch.setattr(smollm2, "embedded_model", lambda: tmp_path / "embedded")
+    assert models.resolve_model(smollm2.NAME) == str(tmp_path / "embedded")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert models.resolve_model("~/model") == str(copy)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./a/b", "../model", "~/x", "gpt", "a/b/c"])
+def test_a_folder_that_does_not_exist_is_refused(name):
+    with pytest.raises(UserError, match=rf"model folder {name} does not exist: give a folder, a "):
+        models.resolve_model(name)
+
+
+def test_a_folder_without_weights_is_refused(copy):
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"model has no safetensors weights: .*save_pretrained"):
+        models.resolve_model(str(copy))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no config.json: is it a Hugging Face model\?"):
+        models.resolve_model(str(tmp_path))
+
+
+def test_a_hub_model_that_is_out_of_reach_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"cannot load model org/nowhere: .*hub name") as caught:
+        models.load_config("org/nowhere")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "no_such_family"}', "{}"])
+def test_a_broken_configuration_is_refused_in_one_line(copy, text):
+    (copy / "config.json").write_text(text)
+    with pytest.raises(UserError, match=rf"cannot load model {copy}: ") as caught:
+        models.load_config(str(copy))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quantized_model_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is quantized already: give the unquantized one"):
+        models.load_config(str(copy))
+
+
+def test_a_missing_tokenizer_is_refused_in_one_line(copy):
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=rf"cannot load model {copy}: ") as caught:
+        models.load_tokenizer(str(copy))
+    assert "\n" not in str(caught.value)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("broken", ["cut", "pointer", "empty"])
+def test_broken_weights_are_refused_in_one_line(copy, broken):
+    """A download that was cut short, a git-lfs pointer, an empty file."""
+    path = copy / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:-100], "pointer": POINTER.encode(), "empty": b""}[broken])
+    with pytest.raises(UserError, match=rf"cannot load model {copy}: ") as caught:
+        models.load_model(str(copy), models.load_config(str(copy)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+def test_a_meta_model_has_the_modules_and_shapes_of_the_loaded_one(tiny_models, family):
+    source = str(tiny_models(family, num_hidden_layers=1))
+    config = models.load_config(source)
+    shapes, loaded = models.meta_model(config), models.load_model(source, config)
+    assert not loaded.training and {p.device.type for p in shapes.parameters()} == {"meta"}
+    assert {name: (p.shape, p.dtype) for name, p in shapes.named_parameters()} == {
+        name: (p.shape, p.dtype) for name, p in loaded.named_parameters()
+    }
+
+
+def test_a_model_is_loaded_in_its_own_dtype(tmp_path):
+    folder = save_tiny_model("llama", tmp_path, num_hidden_layers=1)
+    config = models.load_config(str(folder))
+    models.load_model(str(folder), config).bfloat16().save_pretrained(folder)
+    config = models.load_config(str(folder))
+    assert models.load_model(str(folder), config).dtype == torch.bfloat16
+    assert {p.dtype for p in models.meta_model(config).parameters()} == {torch.bfloat16}
+
+
+def test_a_multimodal_checkpoint_keeps_all_its_parts(tiny_models):
+    config = models.load_config(str(tiny_models("gemma3")))
+    assert models.model_class_of(config).__name__ == "Gemma3ForConditionalGeneration"
+    assert models.context_length(config) == 512
+
+
+def test_a_text_model_has_no_processor_but_its_tokenizer(tiny_models):
+    tokenizer = tiny_tokenizer()
+    source = str(tiny_models("llama", num_hidden_layers=1))
+    found = models.load_processor(source, tokenizer)
+    assert found is tokenizer or type(found) is type(models.load_tokenizer(source))
+
+
+def test_a_processor_that_needs_a_missing_package_is_refused(monkeypatch):
+    def missing(source):
+        raise ImportError("Processor requires the\nPyAV library")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
+    with pytest.raises(UserError, match=r"of org/m cannot be loaded: .*requires the PyAV library"):
+        models.load_processor("org/m", None)
