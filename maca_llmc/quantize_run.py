@@ -92,6 +92,7 @@ def quantize(
     :return: ``output``
     :raises UserError: for anything the user can mend, before anything is written
     """
+    log_warnings_once()
     output = Path(output).expanduser().absolute()
     _check_output(output, overwrite)
     if container not in (None, CONTAINER_BITS):
@@ -99,7 +100,6 @@ def quantize(
     parsed = read_recipe(recipe) if recipe is not None else None
     target = resolve_device(device)
     torch.manual_seed(seed)
-    log_warnings_once()
 
     source = models.resolve_model(str(model))
     config = models.load_config(source)
