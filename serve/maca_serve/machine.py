@@ -13,8 +13,11 @@ from maca_serve.errors import UserError
 
 # Instruction sets that decide which low-bit kernels exist on a CPU and how fast they are.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-INSTALL_CPU = "pip install --no-deps -r requirements/serve-cpu.txt ./serve/vllm-cpu-stub"
-INSTALL_CUDA = "pip install -r requirements/serve-cuda.txt"
+INSTALL_CPU = (
+    "pip install torch==2.13.0 && "
+    "pip install --no-deps -r requirements/serve-cpu.txt ./serve/vllm-cpu-stub"
+)
+INSTALL_CUDA = "pip install --no-deps -r requirements/serve-cuda.txt"
 
 
 def require_vllm() -> str:
