@@ -1,12 +1,9 @@
 """Fixtures that the tests of the quantize side share."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path.append(str(Path(__file__).parent))  # for checkpoints.py
 
 import pytest
 import torch

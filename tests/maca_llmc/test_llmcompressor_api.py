@@ -10,12 +10,16 @@ from importlib.metadata import version
 import pytest
 import torch
 import transformers
+from compressed_tensors.offload import set_onload_device
 from llmcompressor import oneshot
 from llmcompressor.modeling.moe import conversion_mappings, linear_experts, linearize
 from llmcompressor.modifiers.factory import ModifierFactory
-from llmcompressor.modifiers.gptq import GPTQModifier, helpers
+from llmcompressor.modifiers.gptq import GPTQModifier, gptq_quantize, helpers
 from llmcompressor.modifiers.gptq import base as gptq_base
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.registry import CalibrationPipeline
+from llmcompressor.pipelines.sequential import SequentialPipeline
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
@@ -71,6 +75,21 @@ SIGNATURES = {
     "QuantizationMixin.resolve_quantization_config": (
         QuantizationMixin.resolve_quantization_config,
         "self",
+    ),
+    "set_onload_device": (set_onload_device, "model onload_device"),
+    "HooksMixin.disable_hooks": (HooksMixin.disable_hooks, "keep"),
+    "CalibrationPipeline.__call__": (
+        CalibrationPipeline.__call__,
+        "model dataloader dataset_args",
+    ),
+    "SequentialPipeline.__call__": (SequentialPipeline.__call__, "model dataloader dataset_args"),
+    "column_scale_window": (
+        helpers.column_scale_window,
+        "scale zero_point global_scale g_idx quant_args num_rows i1 i2",
+    ),
+    "gptq_block_update": (
+        gptq_quantize.gptq_block_update,
+        "W1 Hinv1 Q1 Err1 losses1 scale zero_point global_scale g_idx quant_args i1",
     ),
     "get_non_linearized_moes": (linearize.get_non_linearized_moes, "model"),
     "load_quantizable_moe": (linearize.load_quantizable_moe, "model_cls"),

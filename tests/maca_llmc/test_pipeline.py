@@ -1,0 +1,105 @@
+"""The layer pipeline against llm-compressor's sequential one."""
+
+import pytest
+import torch
+from llmcompressor import oneshot
+from loguru import logger
+from tiny import loader, random_sequences
+from torch.utils._pytree import tree_leaves
+
+from maca_llmc import MaCaModifier
+from maca_llmc.llmcompressor_api import decoder_layers
+from maca_llmc.pipeline import NAME, UnsupportedModelError, record_batches
+
+SCHEME = {
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
+    }
+}
+LENGTHS = [24, 6, 40, 13]
+CPU = torch.device("cpu")
+
+
+class Watched(MaCaModifier):
+    """Keeps the Hessians of the first layer."""
+
+    def compress_module_list(self, module_list):
+        found = {self._module_names[m]: self._hessians[m].clone() for m in module_list}
+        object.__setattr__(self, "found", getattr(self, "found", {}) | found)
+        super().compress_module_list(module_list)
+
+
+def calibrate(model, data, pipeline, ignore=("lm_head",)):
+    modifier = Watched(**SCHEME, ignore=list(ignore), nested_scales=[8, 16])
+    oneshot(model=model, dataset=data, recipe=modifier, pipeline=pipeline)
+    return modifier.found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize(("batch_size", "side"), [(1, "right"), (4, "right"), (4, "left")])
+def test_hessians_are_those_of_the_sequential_pipeline(tiny_model, family, batch_size, side):
+    data = loader(random_sequences(LENGTHS), batch_size, side)
+    stock = calibrate(tiny_model(family), data, "sequential")
+    ours = calibrate(tiny_model(family), data, NAME)
+    assert ours.keys() == stock.keys() and len(ours) >= 14
+    for name, expected in stock.items():
+        if ".layers.0." in name:  # later ones see what a rounding tie in layer 0 may have moved
+            error = torch.linalg.norm(ours[name] - expected) / torch.linalg.norm(expected)
+            assert error < 1e-5, (name, float(error))
+
+
+def test_without_padding_nothing_of_the_square_of_the_length_is_kept(tiny_model):
+    model = tiny_model("llama")
+    (batch,) = record_batches(
+        model, decoder_layers(model), loader(random_sequences([200])), CPU, CPU
+    )
+    kept = [leaf for leaf in tree_leaves(batch.calls) if isinstance(leaf, torch.Tensor)]
+    assert kept, "position embeddings at least are passed on"
+    assert max(tensor.numel() for tensor in kept) < 200 * 200
+
+
+def test_the_last_layer_is_not_run_for_nothing(tiny_model):
+    model = tiny_model("llama")
+    calls = []
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_hook(lambda *_, index=index: calls.append(index))
+    calibrate(model, loader(random_sequences([16, 8])), NAME)
+    assert calls == [0, 0, 0, 0, 1, 1]
+
+
+def test_the_layers_are_back_in_place(tiny_model):
+    model = tiny_model("llama")
+    layers = decoder_layers(model)
+    record_batches(model, layers, loader(random_sequences([16])), CPU, CPU)
+    assert decoder_layers(model) == layers
+
+
+def test_a_quantized_head_goes_through_the_sequential_pipeline_and_says_so(tiny_model):
+    model, said = tiny_model("llama"), []
+    handle = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    try:
+        calibrate(model, loader(random_sequences([16, 8])), NAME, ignore=())
+    finally:
+        logger.remove(handle)
+    assert any("sequential pipeline" in message and "lm_head" in message for message in said)
+    assert hasattr(model.lm_head, "weight_scale")
+
+
+class Odd(torch.nn.Module):
+    """Scales hidden states between its layers, which no single layer would show."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, input_ids, attention_mask):
+        hidden = torch.ones(*input_ids.shape, 4)
+        for layer in self.layers:
+            hidden = layer(hidden) * 2
+        return hidden
+
+
+def test_a_model_that_works_between_its_layers_is_not_supported():
+    model = Odd()
+    with pytest.raises(UnsupportedModelError, match="between its decoder layers"):
+        record_batches(model, list(model.layers), loader(random_sequences([8])), CPU, CPU)
