@@ -48,7 +48,7 @@ def table(results: dict) -> str:
                 f"{entry['size_bytes'] / 1e6:.0f}",
                 *(f"{entry['perplexity'][n]['ppl']:.1f}" for n in lengths),
                 f"{entry['recovery']['perplexity']['mean']:.1f}",
-                *(f"{entry['throughput'][n]['output_tokens_per_second']:.1f}" for n in loads),
+                *(f"{entry['throughput'][n]['output_tokens_per_s']:.1f}" for n in loads),
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
