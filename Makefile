@@ -46,8 +46,8 @@ demo: setup
 	    --recipe recipes/w4a16-g64.maca.yaml --scales 128,256,512,2048 --tokens 16384
 	$(QUANTIZE)/maca-llmc quantize --output $(DEMO)/maca-w8a8 --overwrite \
 	    --recipe recipes/w8a8.maca.yaml --scales 128,256,512,2048 --tokens 16384
-	$(ENGINE)/maca-serve compare "$$($(QUANTIZE)/maca-llmc model)" \
-	    $(DEMO)/gptq $(DEMO)/maca $(DEMO)/maca-w8a8 --output $(DEMO)
+	$(QUANTIZE)/maca-llmc embedded-model $(DEMO)/base
+	$(ENGINE)/maca-serve compare $(DEMO)/base $(DEMO)/gptq $(DEMO)/maca $(DEMO)/maca-w8a8 --output $(DEMO)
 	@echo "report: $(DEMO)/report.html"
 	@echo "try it: .venv-serve/bin/vllm serve $(DEMO)/maca --host 127.0.0.1 --max-model-len 2048"
 

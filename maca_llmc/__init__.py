@@ -7,7 +7,10 @@
 ``quantize`` and ``evaluate`` are the commands as Python calls.
 """
 
+import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -19,6 +22,11 @@ MISSING = (
     "environments of their own): run `make setup` and use .venv, or `pip install maca-llmc` in a "
     "fresh environment"
 )
+
+if Path(sys.argv[0]).name == "maca-llmc":
+    # llm-compressor logs to standard output as soon as it is imported; the command shows its
+    # warnings itself, once each. In anyone else's program its logging is left alone.
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 
 if find_spec("llmcompressor") is not None:
     from maca_llmc.data import build_calibration_set

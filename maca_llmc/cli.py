@@ -156,6 +156,23 @@ def evaluate(
     _print_table(results)
 
 
+@app.command("embedded-model")
+def embedded_model(
+    link: Annotated[Path, typer.Argument(help="Link to make, for commands that want a folder.")],
+) -> None:
+    """Convert the embedded model on first use and link to its folder in the cache."""
+    from maca_llmc import smollm2
+
+    folder = smollm2.embedded_model()
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink():
+        link.unlink()
+    if link.exists():
+        raise UserError(f"{link} exists and is no link: give another name")
+    link.symlink_to(folder)
+    Console().print(f"{link} -> {folder}", highlight=False, soft_wrap=True)
+
+
 def _print_table(results: dict[str, Any]) -> None:
     lengths = results["settings"]["lengths"]
     for title, key, value in (

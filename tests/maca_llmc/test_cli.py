@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_text
 
 import maca_llmc
-from maca_llmc import cli
+from maca_llmc import cli, defaults
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -279,3 +279,16 @@ def test_poisoned_weights_are_really_poisoned(here):
     """The guard of the NaN test."""
     weights = load_file(here / "nan" / "model.safetensors")
     assert sum(int(torch.isnan(tensor).sum()) for tensor in weights.values()) == 1
+
+
+def test_embedded_model_links_to_the_cache(tmp_path, monkeypatch, capsys):
+    cached = tmp_path / "maca-llmc" / defaults.MODEL
+    cached.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    link, taken = tmp_path / "demo" / "base", tmp_path / "taken"
+    for _ in range(2):
+        assert run(monkeypatch, capsys, "embedded-model", link)[0] == 0
+        assert link.resolve() == cached
+    taken.mkdir()
+    code, _, lines = run(monkeypatch, capsys, "embedded-model", taken)
+    assert code == 2 and "is no link" in lines[0]
