@@ -110,6 +110,10 @@ def _check_length(checkpoint: Checkpoint, max_model_len: int) -> None:
 def _cpu_environment(checkpoint: Checkpoint, max_model_len: int) -> dict[str, str]:
     cache = _cache_gib(checkpoint, max_model_len)
     chosen = {
+        # On a CPU with AMX vLLM would round the activations of a W4A16 checkpoint to 8 bits, which
+        # is faster and another model: log-probabilities moved by 0.28 nats on average, and by
+        # 0.84 with 3-bit weights in 4-bit containers, where bfloat16 noise is 0.04 and 0.09.
+        "VLLM_CPU_INT4_W4A8": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(cache),
         "VLLM_CPU_OMP_THREADS_BIND": _binding(),
         # Eager mode still compiles the ranking of prompt log-probabilities, for half a minute and

@@ -8,8 +8,10 @@ import pytest
 from maca_serve import up
 
 FOLDER = os.environ.get("MACA_TEST_CHECKPOINTS")
-MEAN_TOLERANCE = 0.05
-"""Mean absolute difference of log-probabilities, nats: bfloat16 sums in another order."""
+TOLERANCE = 2.0
+"""Mean absolute difference, as a multiple of what bfloat16 alone does to the same checkpoint in
+transformers: two backends round differently, each about as far from float32. The engine with
+activations rounded to 8 bits (vLLM's default with AMX) is at 6 to 9."""
 
 pytestmark = [
     pytest.mark.engine,
@@ -29,5 +31,6 @@ def test_log_probabilities_agree_with_transformers(name):
     ]
     assert len(differences) == sum(len(prompt) - 1 for prompt in reference["prompts"])
     mean = sum(differences) / len(differences)
-    print(f"{name}: mean absolute difference {mean:.4f}, largest {max(differences):.3f}")
-    assert mean < MEAN_TOLERANCE
+    noise = reference["noise"][name]
+    print(f"{name}: mean difference {mean:.4f} nats, bfloat16 alone {noise:.4f}")
+    assert mean < TOLERANCE * noise

@@ -27,6 +27,7 @@ def test_small_cpu(quantized):
     assert option(settings, "--max-model-len") == "512"
     assert settings.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,2"
     assert settings.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert settings.environment["VLLM_CPU_INT4_W4A8"] == "0", "W4A16 is to be served as W4A16"
     assert "--trust-remote-code" not in settings.arguments
 
 

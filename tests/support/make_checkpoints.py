@@ -4,7 +4,8 @@
 
 FOLDER gets ``base`` (the embedded model), ``w4a16``, ``w3-in-4`` (3-bit weights in 4-bit
 containers), and ``reference.json``: the log-probabilities that transformers gives prompt tokens,
-on dequantized weights. The two sides share no code; they meet in these folders.
+on dequantized weights in bfloat16, and by how much those differ from float32. The two sides share
+no code; they meet in these folders.
 """
 
 import json
@@ -31,6 +32,16 @@ def prompt_log_probabilities(model, ids: list[int]) -> list[float]:
     return logits.log_softmax(-1).gather(1, targets)[:, 0].tolist()
 
 
+def mean_difference(some: list[list[float]], others: list[list[float]]) -> float:
+    """Mean absolute difference over all tokens of all prompts, nats."""
+    differences = [
+        abs(one - other)
+        for prompt, same in zip(some, others, strict=True)
+        for one, other in zip(prompt, same, strict=True)
+    ]
+    return sum(differences) / len(differences)
+
+
 def main(folder: Path) -> None:
     """Make whatever of it is missing."""
     if (folder / "reference.json").is_file():
@@ -48,7 +59,7 @@ def main(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = read_documents(EVALUATION_SAMPLE)[0]
     prompts = [tokenizer(text)["input_ids"][:length] for length in PROMPT_LENGTHS]
-    reference = {"prompts": prompts, "log_probabilities": {}}
+    reference = {"prompts": prompts, "log_probabilities": {}, "noise": {}}
     for name in ("base", "w4a16", "w3-in-4"):
         extra = (
             {}
@@ -56,9 +67,10 @@ def main(folder: Path) -> None:
             else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
         )
         model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16, **extra)
-        reference["log_probabilities"][name] = [
-            prompt_log_probabilities(model.eval(), ids) for ids in prompts
-        ]
+        rounded = [prompt_log_probabilities(model.eval(), ids) for ids in prompts]
+        exact = [prompt_log_probabilities(model.float(), ids) for ids in prompts]
+        reference["log_probabilities"][name] = rounded
+        reference["noise"][name] = mean_difference(rounded, exact)
     (folder / "reference.json").write_text(json.dumps(reference))
 
 
