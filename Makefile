@@ -49,7 +49,7 @@ demo: setup
 	$(QUANTIZE)/maca-llmc embedded-model $(DEMO)/base
 	$(ENGINE)/maca-serve compare $(DEMO)/base $(DEMO)/gptq $(DEMO)/maca $(DEMO)/maca-w8a8 --output $(DEMO)
 	@echo "report: $(DEMO)/report.html"
-	@echo "try it: .venv-serve/bin/vllm serve $(DEMO)/maca --host 127.0.0.1 --max-model-len 2048"
+	@echo "try it: VLLM_CPU_INT4_W4A8=0 .venv-serve/bin/vllm serve $(DEMO)/maca --host 127.0.0.1 --max-model-len 2048"
 
 TESTED := runs/test-checkpoints
 
