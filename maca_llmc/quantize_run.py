@@ -140,7 +140,7 @@ def quantize(
             models.save_model(quantized, partial)
             processor.save_pretrained(partial)
             save_recipe(parsed, partial)
-        _write_records(run, quantized, partial, output.name, container)
+        _write_records(run, partial, output.name, container)
     return output
 
 
@@ -171,7 +171,7 @@ def _calibrate(run: Run, batch_size: int, device: torch.device) -> Any:
     return model
 
 
-def _write_records(run: Run, model: Any, folder: Path, name: str, container: int | None) -> None:
+def _write_records(run: Run, folder: Path, name: str, container: int | None) -> None:
     schemes = [describe_scheme(s) for s in run.modifier.resolved_config.config_groups.values()]
     content = {
         "format": 1,
