@@ -1,22 +1,47 @@
 """Accumulate a weighted Hessian and prepare it for GPTQ's dampening."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 GPTQ_FACTOR = 2.0
 """GPTQ's H is that of the squared error, 2 X^T X (arXiv 2210.17323, equation 2)."""
 
+ROWS_AT_ONCE = 4096
+"""Rows held as a float32 copy at a time, on devices that multiply in float32."""
+
+TRIANGLE_BLOCK = {"cpu": 512, "cuda": 1024}
+"""Columns per block of the lower triangle: see ``benchmarks/hessian_products.py``."""
+
 
 def add_rows(hessian: torch.Tensor, rows: torch.Tensor, weight: float) -> None:
-    """``H += 2 * weight * rows^T rows``, in place.
+    """``H += 2 * weight * rows^T rows`` in the lower triangle of H, in place.
 
-    The weight is applied to the product, not to the rows, so that inputs are never rounded.
+    Products of bfloat16 numbers are exact in float32, so bfloat16 rows are multiplied on tensor
+    cores (CUDA) or AMX tiles (CPUs that have them) with float32 sums. The weight is applied to the
+    product, not to the rows, so that inputs are never rounded. What is above the diagonal's blocks
+    stays as it was: call :func:`mirror` when all rows are in.
 
     :param hessian: float32 ``[d, d]``
-    :param rows: ``[tokens, d]``, any float dtype; multiplied in float32
+    :param rows: ``[tokens, d]``, any float dtype
     :param weight: weight of each of these tokens, not negative
     """
-    rows = rows.to(device=hessian.device, dtype=hessian.dtype)
-    hessian.addmm_(rows.t(), rows, alpha=GPTQ_FACTOR * weight)
+    rows = rows.to(hessian.device)
+    on_tensor_cores = hessian.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
+    with _bfloat16_products(rows):
+        for part in [rows] if on_tensor_cores else rows.split(ROWS_AT_ONCE):
+            for target, left, right in _lower_blocks(hessian, part):
+                _add_product(target, left, right, GPTQ_FACTOR * weight, on_tensor_cores)
+
+
+def mirror(hessian: torch.Tensor) -> None:
+    """Copy the lower triangle to the upper one, in place."""
+    width = hessian.shape[0]
+    block = TRIANGLE_BLOCK.get(hessian.device.type, width)
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        hessian[start:stop, stop:] = hessian[stop:, start:stop].t()
 
 
 def fill_dead_columns(hessian: torch.Tensor) -> int:
@@ -37,3 +62,47 @@ def fill_dead_columns(hessian: torch.Tensor) -> int:
     elif count:
         diagonal[dead] = diagonal[~dead].mean()
     return count
+
+
+def _lower_blocks(
+    hessian: torch.Tensor, rows: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Blocks of columns from the diagonal down, and the two factors of what is added to each."""
+    if not (hessian.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)):
+        rows = rows.to(hessian.dtype)
+    width = hessian.shape[0]
+    block = TRIANGLE_BLOCK.get(hessian.device.type, width)
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        yield hessian[start:, start:stop], rows[:, start:].t(), rows[:, start:stop]
+
+
+def _add_product(
+    target: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    factor: float,
+    on_tensor_cores: bool,
+) -> None:
+    if on_tensor_cores:
+        target.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=factor)
+    else:
+        target.addmm_(left, right, alpha=factor)
+
+
+@contextmanager
+def _bfloat16_products(rows: torch.Tensor) -> Iterator[None]:
+    """On the CPU, multiply float32 copies of bfloat16 rows in bfloat16: the same products, exactly.
+
+    oneDNN then uses AMX or AVX512-BF16 where there is any, and sums in float32.
+    """
+    if rows.device.type != "cpu" or rows.dtype != torch.bfloat16:
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

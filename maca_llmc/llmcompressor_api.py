@@ -7,12 +7,18 @@ an upgrade that moves something fails there and says what moved.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_offloading, set_onload_device
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization import (
+    ActivationOrdering,
+    QuantizationArgs,
+    QuantizationStrategy,
+    QuantizationType,
+)
 from compressed_tensors.quantization.utils import calculate_range
 from compressed_tensors.utils import get_execution_device, match_named_modules, patch_attr
 from compressed_tensors.utils.impl_backend import ImplBackend
@@ -23,13 +29,21 @@ from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, load_q
 from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq import base as gptq_base
-from llmcompressor.modifiers.gptq.helpers import column_scale_window, make_empty_hessian
+from llmcompressor.modifiers.gptq.gptq_quantize import gptq_block_update
+from llmcompressor.modifiers.gptq.helpers import (
+    assign_batches,
+    batch_key,
+    column_scale_window,
+    make_empty_hessian,
+    update_batch_qparams,
+)
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential import SequentialPipeline
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from llmcompressor.recipe import Recipe
+from llmcompressor.utils.dist import broadcast_qparams_and_cleanup
 from llmcompressor.utils.helpers import (
     DisableQuantization,
     disable_cache,
@@ -41,6 +55,7 @@ from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from transformers import conversion_mapping
 from transformers.monkey_patching import clear_patch_mapping
 
+from maca_llmc.solve import BlockUpdate, Factor, sweep
 from maca_llmc.sweep import sweep_block
 
 __all__ = [
@@ -53,6 +68,7 @@ __all__ = [
     "Recipe",
     "SequentialPipeline",
     "active_session",
+    "broadcast_quantized",
     "calibration_forward",
     "computing_on",
     "decoder_layers",
@@ -62,8 +78,11 @@ __all__ = [
     "keep_causal_masks",
     "loading_separate_experts",
     "onload_device",
+    "quantize_stacks",
     "recorded_losses",
+    "row_stacks",
     "separate_experts",
+    "solve_batches",
 ]
 
 LossCallback = Callable[[torch.nn.Module, float], None]
@@ -186,37 +205,190 @@ def calibration_forward(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+_loss_callback: LossCallback | None = None
+
+
 @contextmanager
 def recorded_losses(callback: LossCallback) -> Iterator[None]:
-    """While open, report each module that GPTQ quantizes and its relative output error.
+    """While open, report each module that GPTQ or MaCa quantizes and its relative output error.
 
     The error is ``tr(D (H + dI) D^T) / tr(W H W^T)`` with ``D`` the change of the weight ``W``,
     ``H`` the Hessian GPTQ was given and ``d`` its dampening: a number without units, comparable
-    between weightings of H. For a module that had to be rounded to nearest, because its H could
-    not be factorised, the identity stands above the line instead of ``H + dI``.
+    between weightings of H. For a module that stock GPTQ had to round to nearest, because its H
+    could not be factorised, the identity stands above the line instead of ``H + dI``.
 
     :param callback: called with the module and its error
     """
+    global _loss_callback
     energies: list[float] = []
 
     def quantize_weight(*, weights: Any, hessians: Any, **kwargs: Any) -> Any:
-        energies[:] = output_energy(weights, hessians)
+        energies[:] = [
+            float(row_energies(weight, hessian).sum())
+            for weight, hessian in zip(weights, hessians, strict=True)
+        ]
         return original(weights=weights, hessians=hessians, **kwargs)
 
     class RecordingLogger(gptq_base.CompressionLogger):
         def set_results(self, name: str | None = None, loss: float | None = None) -> None:
             super().set_results(name=name, loss=loss)
             if loss is not None:
-                energy = energies.pop(0)
-                # llm-compressor's loss is half the squared error
-                callback(self.module, 2 * loss / energy if energy > 0 else 0.0)
+                callback(self.module, _relative(loss, energies.pop(0)))
 
     original = gptq_base.quantize_weight
-    with (
-        patch_attr(gptq_base, "quantize_weight", quantize_weight),
-        patch_attr(gptq_base, "CompressionLogger", RecordingLogger),
-    ):
-        yield
+    before, _loss_callback = _loss_callback, callback
+    try:
+        with (
+            patch_attr(gptq_base, "quantize_weight", quantize_weight),
+            patch_attr(gptq_base, "CompressionLogger", RecordingLogger),
+        ):
+            yield
+    finally:
+        _loss_callback = before
+
+
+ROWS_PER_STACK = 32768
+"""Rows swept at once: what bounds the memory of a solve for hundreds of experts."""
+
+BY_ROW = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+"""Strategies whose scales belong to rows, so that rows of several modules can be stacked."""
+
+
+def row_stacks(modules: list[torch.nn.Module]) -> list[list[torch.nn.Module]]:
+    """Split modules of one input into stacks whose rows one sweep can quantize.
+
+    Together go modules of the same quantization arguments, dtype and device, where scales belong
+    to rows; any other module stays by itself.
+    """
+    stacks: list[list[torch.nn.Module]] = []
+    open_stacks: dict[Any, list[torch.nn.Module]] = {}
+    for module in modules:
+        key = batch_key(module)
+        if key is None or module.quantization_scheme.weights.strategy not in BY_ROW:
+            stacks.append([module])
+            continue
+        shape, *alike = key
+        like = (shape[1], *alike)
+        stack = open_stacks.get(like)
+        if stack is None or sum(len(m.weight) for m in stack) + shape[0] > ROWS_PER_STACK:
+            stack = open_stacks[like] = []
+            stacks.append(stack)
+        stack.append(module)
+    return stacks
+
+
+def solve_batches(
+    modules: list[torch.nn.Module], batched: str | int | None, block_size: int
+) -> list[list[torch.nn.Module]]:
+    """Modules of different inputs that llm-compressor would solve side by side."""
+    return assign_batches(modules, batched, block_size)
+
+
+@torch.no_grad()
+def quantize_stacks(
+    stacks: list[list[torch.nn.Module]],
+    factors: list[Factor],
+    hessians: list[torch.Tensor],
+    block_size: int,
+) -> None:
+    """Quantize stacks of modules side by side, each stack with a Hessian of its own.
+
+    The codes are those that llm-compressor's ``quantize_weight`` gives each module alone.
+
+    :param stacks: as :func:`row_stacks` makes them, all of one shape
+    :param factors: of each stack's Hessian
+    :param hessians: float32 ``[d, d]``, one a stack, to relate losses to
+    """
+    with disable_offloading():
+        args = stacks[0][0].quantization_scheme.weights  # type: ignore[union-attr]
+        modules = [module for stack in stacks for module in stack]
+        qparams = {module: module.weight_observer.get_qparams() for module in modules}
+        weights = _stacked(stacks, lambda module: module.weight.float())
+        update = _block_update(stacks, qparams, args, factors)
+        report = _loss_callback
+        if report is not None:
+            energies = torch.stack(
+                [row_energies(w, hessian) for w, hessian in zip(weights, hessians, strict=True)]
+            )
+        quantized, losses = sweep(weights, factors, update, block_size)
+        rows = [len(module.weight) for module in stacks[0]]
+        update_batch_qparams(
+            modules,
+            [part for stacked in quantized for part in stacked.split(rows)],
+            [qparams[module]["scale"] for module in modules],
+            [qparams[module]["zero_point"] for module in modules],
+            _global_scales(modules, qparams),
+            args,
+        )
+    if report is not None:
+        parts = zip(modules, _sums(losses, rows), _sums(energies, rows), strict=True)
+        for module, loss, energy in parts:
+            report(module, _relative(loss, energy))
+
+
+def broadcast_quantized(rank_of: dict[torch.nn.Module, int]) -> None:
+    """Send quantized modules from the ranks that quantized them to all others."""
+    broadcast_qparams_and_cleanup(list(rank_of), rank_of, gptq_base._GPTQ_Q_PARAMS)
+
+
+def row_energies(weights: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """``w H w^T`` of each row: ``[rows, d]`` weights, ``[d, d]`` Hessian."""
+    weights = weights.to(hessian.dtype)
+    return ((weights @ hessian) * weights).sum(dim=1)
+
+
+def _relative(loss: float, energy: float) -> float:
+    # llm-compressor's loss is half the squared error
+    return 2 * loss / energy if energy > 0 else 0.0
+
+
+def _sums(values: torch.Tensor, rows: list[int]) -> list[float]:
+    return [float(part.sum()) for stacked in values for part in stacked.split(rows)]
+
+
+def _stacked(stacks: Any, of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    return torch.stack([torch.cat([of(module) for module in stack]) for stack in stacks])
+
+
+def _global_scales(modules: Any, qparams: Any) -> list[torch.Tensor] | None:
+    if qparams[modules[0]]["global_scale"] is None:
+        return None
+    return [qparams[module]["global_scale"].reshape(-1)[0] for module in modules]
+
+
+def _block_update(stacks: Any, qparams: Any, args: Any, factors: list[Factor]) -> BlockUpdate:
+    """llm-compressor's block update, given everything but the block."""
+    global_scales = _global_scales([stack[0] for stack in stacks], qparams)
+    return partial(
+        gptq_block_update,
+        scale=_per_stack(stacks, lambda module: qparams[module]["scale"]),
+        zero_point=_per_stack(stacks, lambda module: qparams[module]["zero_point"]),
+        global_scale=None if global_scales is None else torch.stack(global_scales),
+        g_idx=_column_groups(args, factors),
+        quant_args=args,
+    )
+
+
+def _per_stack(stacks: Any, of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """As ``_stacked``, but a stack of one may have a scale that is no matrix."""
+    return torch.stack(
+        [of(stack[0]) if len(stack) == 1 else torch.cat([of(m) for m in stack]) for stack in stacks]
+    )
+
+
+def _column_groups(args: Any, factors: list[Factor]) -> torch.Tensor | None:
+    """Which scale each column has, in the order of the sweep; None where columns share one."""
+    if args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
+        size = args.group_size
+    elif args.strategy == QuantizationStrategy.BLOCK:
+        size = args.block_structure[1]
+    else:
+        return None
+    upper = factors[0].upper
+    groups = torch.arange(upper.shape[0], device=upper.device, dtype=torch.int) // size
+    if args.actorder == ActivationOrdering.WEIGHT:
+        return torch.stack([groups[factor.order] for factor in factors])
+    return groups
 
 
 def _compiled_sweep_runs(W1: torch.Tensor, *_: Any, scale: Any, quant_args: Any, **__: Any) -> bool:
@@ -260,12 +432,3 @@ def _gptq_block_update_compiled(
             Err1[index],
         )
     losses1.copy_(Err1.square())
-
-
-def output_energy(weights: torch.Tensor, hessians: torch.Tensor) -> list[float]:
-    """``tr(W H W^T)`` of each of a stack: ``[b, rows, d]`` weights, ``[b, d, d]`` Hessians."""
-    weights = weights.to(hessians.dtype)
-    return [
-        float(((weight @ hessian) * weight).sum())
-        for weight, hessian in zip(weights, hessians, strict=True)
-    ]

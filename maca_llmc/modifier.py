@@ -1,6 +1,7 @@
 """MaCaModifier: llm-compressor's GPTQ with a Hessian that knows the length of its sequences."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,19 +12,37 @@ from torch import distributed as dist
 
 from maca_llmc.causality import refuse_length_dependence
 from maca_llmc.errors import CalibrationError
-from maca_llmc.hessian import add_rows, fill_dead_columns
+from maca_llmc.hessian import add_rows, fill_dead_columns, mirror
 from maca_llmc.inspection import DiagonalRecorder
 from maca_llmc.llmcompressor_api import (
     GPTQModifier,
     ModifierFactory,
+    broadcast_quantized,
     empty_hessian,
     forget_causal_masks,
     keep_causal_masks,
+    quantize_stacks,
+    row_stacks,
+    solve_batches,
 )
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
+from maca_llmc.shared_inputs import Group, Input, SharedInputs, common_partition
+from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
 from maca_llmc.weights import Segment, sequence_segments, total_weight
 
 __all__ = ["MaCaModifier"]
+
+
+@dataclass
+class Statistic:
+    """What is kept of the inputs of a group of modules.
+
+    :param hessian: float32 ``[d, d]``; its lower triangle, until it is complete
+    :param count: how many sequences it is of
+    """
+
+    hessian: torch.Tensor
+    count: torch.Tensor
 
 
 class MaCaModifier(GPTQModifier):
@@ -60,13 +79,17 @@ class MaCaModifier(GPTQModifier):
       that is refused with a ``CalibrationError``: use batches of one;
     - inputs of other proportions (vision patches, cross attention) are taken row by row.
 
+    Modules that receive the same tensor (q, k and v; gate and up, those of all experts when all
+    are calibrated) share one Hessian, one factorisation and one sweep over their stacked rows.
+
     Where all tokens weigh the same, the Hessian is GPTQ's and so is its dampening. Otherwise dead
     columns get the mean diagonal of the live ones (see ``hessian.fill_dead_columns``).
 
     Calibration fails with a ``CalibrationError`` (a ``ValueError``) naming the module on NaN or
     infinity in its inputs, and on a targeted module that the model never calls (add it to
     ``ignore``). A module that is called but sees no token (an expert no token was routed to) is
-    rounded to nearest and named in a warning.
+    rounded to nearest and named in a warning. A Hessian that is not positive definite gets ten
+    times the dampening until it is; such modules are named and counted at the end.
     """
 
     length_exponent: float = Field(default=1.0, ge=0.0, le=1.0)
@@ -75,8 +98,12 @@ class MaCaModifier(GPTQModifier):
     _layout: BatchLayout | None = PrivateAttr(default=None)
     _reference: int | None = PrivateAttr(default=None)
     _weighted: bool = PrivateAttr(default=False)
+    _inputs: SharedInputs[Statistic] = PrivateAttr()
+    _groups: dict[torch.nn.Module, Group[Statistic]] = PrivateAttr(default_factory=dict)
+    _ranks: dict[torch.nn.Module, int] = PrivateAttr(default_factory=dict)
     _done: set[torch.nn.Module] = PrivateAttr(default_factory=set)
     _unseen: list[str] = PrivateAttr(default_factory=list)
+    _raised: dict[str, float] = PrivateAttr(default_factory=dict)
     _recorder: DiagonalRecorder | None = PrivateAttr(default=None)
 
     @field_validator("nested_scales")
@@ -87,6 +114,16 @@ class MaCaModifier(GPTQModifier):
         if not scales or min(scales) < 1 or sorted(set(scales)) != scales:
             raise ValueError(f"nested_scales must be positive and increasing, got {scales}")
         return scales
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Start with no inputs seen."""
+        super().model_post_init(context)
+        self._inputs = SharedInputs(_empty_statistic, self._add_input, _copy_statistic)
+
+    @property
+    def raised_dampening(self) -> dict[str, float]:
+        """By name, modules that needed more dampening than asked for, and how much."""
+        return dict(self._raised)
 
     def record_diagonals(self, recorder: DiagonalRecorder) -> None:
         """Have ``recorder`` see the calibration sequences of the modules it asks for."""
@@ -120,6 +157,12 @@ class MaCaModifier(GPTQModifier):
         """Refuse to end with a targeted module left as it was."""
         finalized = super().on_finalize(state, **kwargs)
         forget_causal_masks(state.model.config)
+        if self._raised:
+            logger.warning(
+                f"{len(self._raised)} of {len(self._done)} modules had a Hessian that was not "
+                f"positive definite with dampening {self.dampening_frac:g} and got more: "
+                + ", ".join(f"{name} ({value:g})" for name, value in self._raised.items())
+            )
         if self._unseen:
             logger.warning(
                 f"{len(self._unseen)} modules saw no calibration token that was not zero and were "
@@ -148,39 +191,46 @@ class MaCaModifier(GPTQModifier):
 
         :param args: the module's inputs, the first one its tokens ``[b, T, d]`` or ``[n, d]``
         """
-        tokens = module_tokens(module, args[0])
-        if module not in self._hessians:
-            self._hessians[module] = empty_hessian(module)
-            self._num_samples[module] = torch.zeros((), device=self._hessians[module].device)
-
-        sequences = split_sequences(tokens, self._layout)
-        if sequences is None:
-            self._add_routed(module, tokens)
-            return
-        for sequence in sequences:
-            for segment in self._segments(sequence.shape[0]):
-                self._add(module, sequence[segment.start : segment.stop], segment.weight)
-            if self._recorder is not None:
-                self._recorder.add(self._module_names[module], sequence)
-        self._num_samples[module] += len(sequences)
-
-    def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
-        """Check and complete each Hessian, then quantize as GPTQ does."""
-        for module in module_list:
-            self._complete(module)
-        super().compress_module_list(module_list)
+        self._inputs.receive(module, Input(args[0], self._layout))
+        name = self._module_names[module]
+        if self._recorder is not None and name in self._recorder.modules:
+            tokens = module_tokens(module, args[0])
+            for sequence in split_sequences(tokens, self._layout) or ():
+                self._recorder.add(name, sequence)
 
     def compress_modules(self) -> None:
-        """Quantize what was calibrated, on every rank what it was assigned."""
-        calibrated = list(self._hessians)
+        """Quantize what was calibrated, on every rank the groups it was assigned."""
+        groups = self._inputs.take()
+        ranks = _ranks()
+        if ranks > 1:
+            groups = self._agree_on_groups(groups, ranks)
+        # stock's own bookkeeping, with one entry a group: its first member
+        self._groups = {group.members[0]: group for group in groups}
+        self._hessians = {first: group.statistic.hessian for first, group in self._groups.items()}
+        self._num_samples = {first: group.statistic.count for first, group in self._groups.items()}
         super().compress_modules()
-        if dist.is_available() and dist.is_initialized():
-            # on the CPU ranks share the weights in memory, and llm-compressor does not wait there
-            # until all are written
-            dist.barrier()
-        self._done.update(calibrated)
+        if ranks > 1:
+            self._broadcast_followers()
+        self._done.update(member for group in groups for member in group.members)
+        self._groups = {}
+
+    def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
+        """Quantize groups, each given by its first member, and everything in them.
+
+        Groups of one are solved side by side where llm-compressor would do so
+        (``batched_quantization``).
+        """
+        hessians = {first: self._completed_hessian(first) for first in module_list}
+        alone = [first for first in module_list if len(self._groups[first].members) == 1]
+        for batch in solve_batches(alone, self.batched_quantization, self.block_size):
+            factors = [self._factor(first, hessians[first], _ordered(first)) for first in batch]
+            used = [hessians.pop(first) for first in batch]
+            self._solve([[first] for first in batch], factors, used)
+        for first in list(hessians):
+            self._solve_shared(first, hessians.pop(first))
 
     def _reduce_hessian_to_target_rank(self, module_list: Any, module_to_rank: Any) -> None:
+        self._ranks = module_to_rank
         if module_list:  # a subgraph without modules to quantize, such as the head, comes too
             self._agree_on_reference(module_list)
         super()._reduce_hessian_to_target_rank(module_list, module_to_rank)
@@ -204,35 +254,122 @@ class MaCaModifier(GPTQModifier):
             self._reference = length
         return sequence_segments(length, self.length_exponent, self.nested_scales, self._reference)
 
-    def _add(self, module: torch.nn.Module, rows: torch.Tensor, weight: float) -> None:
-        self._weighted |= weight != 1.0
-        add_rows(self._hessians[module], rows, weight)
+    def _add_input(
+        self, modules: list[torch.nn.Module], statistic: Statistic, given: Input
+    ) -> None:
+        tokens, layout = module_tokens(modules[0], given.tensor), given.context
+        if tokens.shape[0] and _unpadded(tokens, layout):  # rows all alike: no need to take apart
+            sequences = [tokens]
+        else:
+            split = split_sequences(tokens, layout)
+            if split is None:
+                self._add_routed(modules, statistic, tokens, layout)
+                return
+            sequences = [sequence.unsqueeze(0) for sequence in split]
+        for rows in sequences:
+            for segment in self._segments(rows.shape[1]):
+                part = rows[:, segment.start : segment.stop]
+                self._add(statistic, part.reshape(-1, part.shape[-1]), segment.weight)
+            statistic.count += rows.shape[0]
 
-    def _add_routed(self, module: torch.nn.Module, tokens: torch.Tensor) -> None:
-        layout = self._layout
-        assert layout is not None  # split_sequences maps every input outside of a batch
+    def _add(self, statistic: Statistic, rows: torch.Tensor, weight: float) -> None:
+        self._weighted |= weight != 1.0
+        add_rows(statistic.hessian, rows, weight)
+
+    def _add_routed(
+        self,
+        modules: list[torch.nn.Module],
+        statistic: Statistic,
+        tokens: torch.Tensor,
+        layout: BatchLayout,
+    ) -> None:
         if layout.valid is not None:
             raise CalibrationError(
-                f"{self._module_names[module]}: routed tokens of a padded batch could be padding; "
-                "calibrate with batches of one, or with moe_calibrate_all_experts=True"
+                f"{self._module_names[modules[0]]}: routed tokens of a padded batch could be "
+                "padding; calibrate with batches of one, or with moe_calibrate_all_experts=True"
             )
         totals = [total_weight(self._segments(length)) for length in layout.lengths]
         mean = sum(total for total, _ in totals) / sum(count for _, count in totals)
-        self._add(module, tokens, mean)
-        self._num_samples[module] += 1
+        self._add(statistic, tokens, mean)
+        statistic.count += 1
 
-    def _complete(self, module: torch.nn.Module) -> None:
-        name, hessian = self._module_names[module], self._hessians[module]
+    def _completed_hessian(self, first: torch.nn.Module) -> torch.Tensor:
+        hessian, count = self._hessians.pop(first), self._num_samples.pop(first)
+        name = self._module_names[first]
+        mirror(hessian)
         if not torch.isfinite(hessian).all():
             raise CalibrationError(
                 f"{name}: its inputs hold NaN or infinity; check the model's weights and dtype"
             )
         unseen = not hessian.diagonal().any()
         if unseen:
-            self._unseen.append(name)
+            self._unseen += [self._module_names[m] for m in self._groups[first].members]
         if unseen or self._weighted:
             fill_dead_columns(hessian)
-        self._num_samples[module].clamp_(min=1)
+        return hessian.div_(count.clamp(min=1))  # as stock: a factor that cancels
+
+    def _factor(self, first: torch.nn.Module, hessian: torch.Tensor, ordered: bool) -> Factor:
+        names = [self._module_names[member] for member in self._groups[first].members]
+        try:
+            factor = factorize(hessian, self.dampening_frac, ordered)
+        except NotPositiveDefiniteError as error:
+            raise CalibrationError(
+                f"{', '.join(names)}: the Hessian is {error}; calibrate with more tokens"
+            ) from error
+        if factor.dampening != self.dampening_frac:
+            self._raised.update(dict.fromkeys(names, factor.dampening))
+        return factor
+
+    def _solve_shared(self, first: torch.nn.Module, hessian: torch.Tensor) -> None:
+        factors: dict[bool, Factor] = {}
+        for stack in row_stacks(self._groups[first].members):
+            ordered = _ordered(stack[0])
+            if ordered not in factors:
+                factors[ordered] = self._factor(first, hessian, ordered)
+            self._solve([stack], [factors[ordered]], [hessian])
+
+    def _solve(
+        self,
+        stacks: list[list[torch.nn.Module]],
+        factors: list[Factor],
+        hessians: list[torch.Tensor],
+    ) -> None:
+        names = [self._module_names[module] for stack in stacks for module in stack]
+        logger.info(f"Quantizing {len(names)} module(s): {names}")
+        quantize_stacks(stacks, factors, hessians, self.block_size)
+        self._num_compressed_modules += len(names)
+
+    # several ranks
+
+    def _agree_on_groups(
+        self, groups: list[Group[Statistic]], ranks: int
+    ) -> list[Group[Statistic]]:
+        """Groups that are together on every rank, in the same order on all."""
+        own = [[self._module_names[member] for member in group.members] for group in groups]
+        everyone: list[list[list[str]]] = [[] for _ in range(ranks)]
+        dist.all_gather_object(everyone, own)
+        module_of = {name: module for module, name in self._module_names.items()}
+        group_of = {member: group for group in groups for member in group.members}
+        agreed = []
+        for names in common_partition(everyone):
+            members = [module_of[name] for name in names]
+            group = group_of.get(members[0])
+            statistic = _empty_statistic(members[0]) if group is None else group.statistic
+            if group is not None and len(group.members) != len(members):
+                statistic = _copy_statistic(statistic)  # each part is reduced by itself
+            agreed.append(Group(members, statistic))
+        return agreed
+
+    def _broadcast_followers(self) -> None:
+        rank_of = {
+            member: self._ranks[first]
+            for first, group in self._groups.items()
+            for member in group.members[1:]
+        }
+        broadcast_quantized(rank_of)
+        # on the CPU ranks share the weights in memory, and llm-compressor does not wait there
+        # until all are written
+        dist.barrier()
 
     def _agree_on_reference(self, modules: list[torch.nn.Module]) -> None:
         """Put the Hessians of all ranks on one scale before they are added up."""
@@ -248,6 +385,30 @@ class MaCaModifier(GPTQModifier):
         if factor != 1.0:
             for module in modules:
                 self._hessians[module] *= factor
+
+
+def _empty_statistic(module: torch.nn.Module) -> Statistic:
+    hessian = empty_hessian(module)
+    return Statistic(hessian, torch.zeros((), device=hessian.device))
+
+
+def _copy_statistic(statistic: Statistic) -> Statistic:
+    return Statistic(statistic.hessian.clone(), statistic.count.clone())
+
+
+def _unpadded(tokens: torch.Tensor, layout: BatchLayout | None) -> bool:
+    """Whether ``tokens`` are ``[b, T, d]`` of a batch without padding."""
+    if tokens.ndim != 3:
+        return False
+    return layout is None or layout.valid is None or tuple(tokens.shape[:2]) != layout.shape
+
+
+def _ordered(module: torch.nn.Module) -> bool:
+    return bool(module.quantization_scheme.weights.actorder)  # type: ignore[union-attr]
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _forward_signature(module: torch.nn.Module) -> inspect.Signature:

@@ -13,18 +13,10 @@ from tiny import loader, random_sequences
 from torch import distributed as dist
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM
+from watching import SCHEME, hessians_of
 
 from maca_llmc import MaCaModifier
 
-SCHEME = {
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True},
-        }
-    },
-    "ignore": ["lm_head"],
-}
 RANKS = 2
 TIMEOUT = timedelta(seconds=60)
 
@@ -40,8 +32,7 @@ class Watched(MaCaModifier):
     """Keeps what it is about to quantize, reduced over ranks."""
 
     def compress_module_list(self, module_list):
-        for module in module_list:
-            self._found[self._module_names[module]] = self._hessians[module].clone()
+        self._found.update(hessians_of(self, module_list))
         super().compress_module_list(module_list)
 
 

@@ -1,20 +1,50 @@
 import pytest
 import torch
 
-from maca_llmc.hessian import add_rows, fill_dead_columns
+from maca_llmc import hessian as hessian_module
+from maca_llmc.hessian import add_rows, fill_dead_columns, mirror
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_add_up_to_the_weighted_sum(dtype):
+@pytest.mark.parametrize("width", [16, 1100], ids=["one block", "three blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_add_up_to_the_weighted_sum(dtype, width):
     generator = torch.Generator().manual_seed(0)
-    hessian = torch.zeros(16, 16)
-    expected = torch.zeros(16, 16, dtype=torch.float64)
+    hessian = torch.zeros(width, width)
+    expected = torch.zeros(width, width, dtype=torch.float64)
     for length, weight in ((5, 1.0), (40, 0.125), (1, 3.7)):
-        rows = torch.randn(length, 16, generator=generator).to(dtype)
+        rows = torch.randn(length, width, generator=generator).to(dtype)
         add_rows(hessian, rows, weight)
-        for row in rows.double():
-            expected += 2 * weight * torch.outer(row, row)
+        expected += 2 * weight * rows.double().T @ rows.double()
+    mirror(hessian)
     assert torch.linalg.norm(hessian - expected) < 1e-6 * torch.linalg.norm(expected)
+    assert torch.allclose(hessian, hessian.T, rtol=1e-5, atol=1e-6)
+
+
+def test_more_rows_than_are_held_at_once(monkeypatch):
+    rows = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(hessian_module, "ROWS_AT_ONCE", 16)
+    hessian = torch.zeros(8, 8)
+    add_rows(hessian, rows, 0.5)
+    assert torch.allclose(hessian, rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+def test_the_precision_of_products_is_put_back():
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    add_rows(torch.zeros(4, 4), torch.ones(2, 4, dtype=torch.bfloat16), 1.0)
+    assert settings.fp32_precision == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_add_up_on_cuda(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hessian = torch.zeros(2100, 2100, device="cuda")
+    rows = torch.randn(500, 2100, generator=generator).to(dtype)
+    add_rows(hessian, rows.cuda(), 0.125)
+    mirror(hessian)
+    expected = 0.25 * rows.double().T @ rows.double()
+    assert torch.linalg.norm(hessian.cpu() - expected) < 1e-6 * torch.linalg.norm(expected)
 
 
 def test_dead_columns_do_not_move_the_mean_whatever_the_scale():

@@ -24,6 +24,7 @@ from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from llmcompressor.recipe import Recipe
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from tiny import loader, random_sequences
+from watching import hessians_of
 
 from maca_llmc import MaCaModifier, llmcompressor_api, models
 
@@ -164,7 +165,8 @@ def test_recorded_losses_are_relative_output_errors(tiny_model):
 
     class Watched(MaCaModifier):
         def compress_module_list(self, module_list):
-            hessians.update({names[m]: self._hessians[m].double() for m in module_list})
+            found = hessians_of(self, module_list)
+            hessians.update({name: hessian.double() for name, hessian in found.items()})
             super().compress_module_list(module_list)
 
     fields = {**SCHEME, "scheme": None, "config_groups": groups(32), "dampening_frac": 0.01}

@@ -8,21 +8,14 @@ from compressed_tensors.quantization import disable_quantization
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from loguru import logger
 from tiny import loader, random_sequences
+from watching import SCHEME, counts_of, hessians_of
 
 from maca_llmc import MaCaModifier
 from maca_llmc.llmcompressor_api import keep_causal_masks
 
 LENGTHS = [24, 5, 40, 13]
-SCHEME = {
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True},
-        }
-    },
-    "ignore": ["lm_head"],
-}
 
 
 class Watching:
@@ -34,14 +27,7 @@ class Watching:
 
     def compress_module_list(self, module_list):
         model, callback = self._watch
-        callback(
-            model,
-            {self._module_names[module]: self._hessians[module].clone() for module in module_list},
-            {
-                self._module_names[module]: float(self._num_samples[module])
-                for module in module_list
-            },
-        )
+        callback(model, hessians_of(self, module_list), counts_of(self, module_list))
         super().compress_module_list(module_list)
 
 
@@ -178,23 +164,29 @@ def test_exponent_zero_is_stock_gptq(tiny_model, family):
     assert min(same) > 0.99, "more than rounding ties differ from stock GPTQ"
 
 
-def test_the_same_hessian_gives_the_same_codes_as_stock(tiny_model):
-    """Quantize every module of both modifiers from one and the same set of Hessians."""
-    sequences = random_sequences(LENGTHS)
+def quantized_from_the_same_hessians(tiny_model, scheme):
+    """Weights by stock GPTQ and by MaCa, both solved from one and the same set of Hessians."""
     shared, quantized = {}, []
     for modifier_class, fields in ((WatchedGPTQ, {}), (WatchedMaCa, {"length_exponent": 0.0})):
         model = tiny_model("llama")
-        modifier = modifier_class(**SCHEME, **fields)
+        modifier = modifier_class(**scheme, **fields)
 
         def swap(model, hessians, counts, modifier=modifier):
             for module, name in modifier._module_names.items():
                 if name in hessians:
                     shared.setdefault(name, hessians[name] / counts[name])
+                if name in hessians and module in modifier._hessians:
                     modifier._hessians[module] = shared[name] * counts[name]
 
-        run(model, modifier.watch(model, swap), loader(sequences), pipeline="basic")
+        data = loader(random_sequences(LENGTHS))
+        run(model, modifier.watch(model, swap), data, pipeline="basic")
         quantized.append(weights_of(model))
     assert len(quantized[0]) == 14
+    return quantized
+
+
+def test_the_same_hessian_gives_the_same_codes_as_stock(tiny_model):
+    quantized = quantized_from_the_same_hessians(tiny_model, SCHEME)
     for name, stock in quantized[0].items():
         assert torch.equal(stock, quantized[1][name]), name
 
@@ -262,6 +254,115 @@ def test_routed_tokens_of_a_padded_batch_are_refused(tiny_model):
             loader(random_sequences([24, 6]), batch_size=2),
             moe_calibrate_all_experts=False,
         )
+
+
+def test_a_hessian_that_is_not_positive_definite_gets_more_dampening_and_is_named(tiny_model):
+    model, said = tiny_model("llama"), []
+
+    def spoil(model, hessians, counts):
+        for module, name in modifier._module_names.items():
+            if name in hessians and name.endswith("layers.0.self_attn.q_proj"):
+                hessian = modifier._hessians[module]
+                hessian.copy_(torch.eye(len(hessian)))
+                hessian[0, 1] = hessian[1, 0] = 1.05  # an eigenvalue of -0.05
+
+    modifier = WatchedMaCa(**SCHEME)
+    before = weights_of(model) | {
+        n: m.weight.clone() for n, m in model.named_modules() if n.endswith("q_proj")
+    }
+    handle = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    try:
+        run(model, modifier.watch(model, spoil), loader(random_sequences(LENGTHS)))
+    finally:
+        logger.remove(handle)
+    spoiled = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv"]
+    assert modifier.raised_dampening == dict.fromkeys(spoiled, 0.1)
+    (warning,) = [message for message in said if "positive definite" in message]
+    assert "3 of 14 modules" in warning and "q_proj (0.1)" in warning
+    assert not torch.equal(model.get_submodule(spoiled[0]).weight, before[spoiled[0]])
+
+
+def test_modules_of_one_input_share_one_hessian(tiny_model):
+    shared = []
+
+    class Seen(MaCaModifier):
+        def compress_module_list(self, module_list):
+            shared.extend(
+                sorted(self._module_names[member].split(".")[-1] for member in group.members)
+                for group in self._groups.values()
+            )
+            super().compress_module_list(module_list)
+
+    run(tiny_model("llama"), Seen(**SCHEME), loader(random_sequences(LENGTHS)))
+    layer = [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert shared == layer * 2
+
+
+def test_all_experts_share_one_hessian(tiny_model):
+    sizes = []
+
+    class Seen(MaCaModifier):
+        def compress_module_list(self, module_list):
+            sizes.extend(len(group.members) for group in self._groups.values())
+            super().compress_module_list(module_list)
+
+    run(tiny_model("qwen3_moe"), Seen(**SCHEME), loader(random_sequences(LENGTHS)))
+    experts = 4
+    assert sizes == [3, 1, 2 * experts, *[1] * experts] * 2
+
+
+@pytest.mark.parametrize(
+    "weights",
+    {
+        "channel": {"num_bits": 4, "strategy": "channel"},
+        "tensor": {"num_bits": 8, "strategy": "tensor"},
+        "asymmetric": {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": False},
+        "weight ordering": {
+            "num_bits": 4,
+            "strategy": "group",
+            "group_size": 32,
+            "actorder": "weight",
+        },
+        "no ordering": {"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": None},
+        "block": {"num_bits": 8, "strategy": "block", "block_structure": [16, 16], "type": "float"},
+    }.values(),
+    ids=["channel", "tensor", "asymmetric", "weight ordering", "no ordering", "block"],
+)
+def test_shared_solves_give_the_codes_of_stock(tiny_model, weights):
+    """Layer 0's q, k and v and gate and up: same inputs, stacked here and one by one in stock."""
+    scheme = {
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    if weights.get("actorder", "") is None:
+        scheme["actorder"] = None
+    quantized = quantized_from_the_same_hessians(tiny_model, scheme)
+    for name, stock in quantized[0].items():
+        assert torch.equal(stock, quantized[1][name]), name
+
+
+@pytest.mark.parametrize("kinds", [("q_proj", "k_proj"), ("gate_proj",)])
+def test_different_arguments_within_a_group_are_solved_apart(tiny_model, kinds):
+    """Some of a group in 8 bits: everything ends as when each is solved with stock's solver."""
+    groups = {
+        "group_0": {
+            "targets": [f"re:.*{kind}" for kind in kinds],
+            "weights": {"num_bits": 8, "strategy": "channel"},
+        },
+        "group_1": SCHEME["config_groups"]["group_0"]
+        | {
+            "targets": [
+                "re:.*(v|o|gate|up|down)_proj"
+                if "q_proj" in kinds
+                else "re:.*(q|k|v|o|up|down)_proj"
+            ]
+        },
+    }
+    quantized = quantized_from_the_same_hessians(
+        tiny_model, {"config_groups": groups, "ignore": ["lm_head"]}
+    )
+    for name, stock in quantized[0].items():
+        assert torch.equal(stock, quantized[1][name]), name
 
 
 def test_nan_in_activations_names_the_module(tiny_model):

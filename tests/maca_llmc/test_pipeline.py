@@ -6,16 +6,12 @@ from llmcompressor import oneshot
 from loguru import logger
 from tiny import loader, random_sequences
 from torch.utils._pytree import tree_leaves
+from watching import SCHEME, hessians_of
 
 from maca_llmc import MaCaModifier
 from maca_llmc.llmcompressor_api import decoder_layers
 from maca_llmc.pipeline import NAME, UnsupportedModelError, record_batches
 
-SCHEME = {
-    "config_groups": {
-        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
-    }
-}
 LENGTHS = [24, 6, 40, 13]
 CPU = torch.device("cpu")
 
@@ -24,13 +20,13 @@ class Watched(MaCaModifier):
     """Keeps the Hessians of the first layer."""
 
     def compress_module_list(self, module_list):
-        found = {self._module_names[m]: self._hessians[m].clone() for m in module_list}
-        object.__setattr__(self, "found", getattr(self, "found", {}) | found)
+        found = getattr(self, "found", {}) | hessians_of(self, module_list)
+        object.__setattr__(self, "found", found)
         super().compress_module_list(module_list)
 
 
 def calibrate(model, data, pipeline, ignore=("lm_head",)):
-    modifier = Watched(**SCHEME, ignore=list(ignore), nested_scales=[8, 16])
+    modifier = Watched(**SCHEME | {"ignore": list(ignore)}, nested_scales=[8, 16])
     oneshot(model=model, dataset=data, recipe=modifier, pipeline=pipeline)
     return modifier.found
 

@@ -1,0 +1,55 @@
+"""Hidden states between two layers, in memory up to a limit and in files beyond it."""
+
+import math
+from pathlib import Path
+
+import torch
+
+
+class HiddenStates:
+    """One tensor per batch.
+
+    :param limit: bytes to hold in memory; None for all
+    :param folder: where the rest goes, made when it is needed
+    """
+
+    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
+        self._limit = math.inf if limit is None else limit
+        self._folder = folder
+        self._held: dict[int, torch.Tensor] = {}
+        self._spilled: dict[int, tuple[torch.dtype, torch.Size]] = {}
+        self._bytes = 0
+
+    @property
+    def spilled_bytes(self) -> int:
+        """How much is in files, in bytes."""
+        return sum(dtype.itemsize * shape.numel() for dtype, shape in self._spilled.values())
+
+    def put(self, index: int, hidden: torch.Tensor) -> None:
+        """Keep the hidden states of a batch in place of those it had.
+
+        :raises OSError: when the disk is full
+        """
+        before = self._held.pop(index, None)
+        self._bytes += hidden.nbytes - (0 if before is None else before.nbytes)
+        if self._folder is None or self._bytes <= self._limit:
+            self._spilled.pop(index, None)
+            self._held[index] = hidden
+            return
+        self._bytes -= hidden.nbytes
+        self._folder.mkdir(parents=True, exist_ok=True)
+        content = hidden.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        self._path(index).write_bytes(content.data)
+        self._spilled[index] = hidden.dtype, hidden.shape
+
+    def get(self, index: int) -> torch.Tensor:
+        """The hidden states of a batch; from a file, on the CPU."""
+        if index in self._held:
+            return self._held[index]
+        dtype, shape = self._spilled[index]
+        content = bytearray(self._path(index).read_bytes())
+        return torch.frombuffer(content, dtype=dtype).reshape(shape)
+
+    def _path(self, index: int) -> Path:
+        assert self._folder is not None  # nothing is spilled without one
+        return self._folder / f"hidden-{index}.bin"

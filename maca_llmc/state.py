@@ -1,0 +1,203 @@
+"""What a quantize run keeps on disk, so that it survives being killed.
+
+One hidden folder beside the output, ``.NAME.run``::
+
+    lock             held while a run is at work
+    identity.json    what the run is: model, recipe, data, device, versions
+    layer-0000.safetensors ...   finished layers
+    progress.json    how many of them count, their hashes, and what was measured so far
+    checkpoint/      the checkpoint being written
+    spill/           hidden states that did not fit in memory
+
+``progress.json`` is replaced in one step after a layer's file is on disk: whatever the moment of a
+kill, what it lists is whole. A resumed run loads these layers and passes the calibration tokens
+through them again, which gives the hidden states it was killed with, bit for bit.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from maca_llmc.errors import UserError
+
+Tensors = dict[str, torch.Tensor]
+
+
+class RunState:
+    """The state folder of one run, locked until it is closed.
+
+    :param output: the folder the run is to make
+    :param identity: what must be the same for a run to go on; JSON-able, flat
+    :param resume: whether to go on with what is there
+    :raises UserError: when another run holds the folder, when there is a killed run's state and
+        ``resume`` is not set, when that run differs (the difference is named), when it is damaged
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any], resume: bool) -> None:
+        self.folder = state_folder(output)
+        self.bytes = 0
+        self.layers: list[str] = []
+        self.content: dict[str, Any] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("a")
+        try:
+            self._take_lock(output)
+            self._open(json.loads(json.dumps(identity)), resume)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    @property
+    def finished(self) -> int:
+        """How many layers are finished."""
+        return len(self.layers)
+
+    def save_layer(self, tensors: Tensors, content: dict[str, Any]) -> None:
+        """Keep the next layer's tensors, and ``content``, which replaces what was kept before.
+
+        :raises OSError: when the disk is full; what was kept before stays whole
+        """
+        name = f"layer-{self.finished:04d}.safetensors"
+        partial = self.folder / f".{name}.partial"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        digest = _digest(partial)
+        _flush(partial)
+        partial.replace(self.folder / name)
+        self._write("progress.json", {"layers": [*self.layers, digest], "content": content})
+        self.layers.append(digest)
+        self.content = content
+        self.bytes += (self.folder / name).stat().st_size
+
+    def load_layer(self, index: int) -> Tensors:
+        """The tensors of a finished layer.
+
+        :raises UserError: when its file is missing or not as it was written
+        """
+        path = self.folder / f"layer-{index:04d}.safetensors"
+        try:
+            if _digest(path) == self.layers[index]:
+                return load_file(path)
+        except (OSError, SafetensorError):
+            pass
+        raise self._damaged(path)
+
+    def close(self, keep: bool) -> None:
+        """Let go of the folder, and remove it unless finished layers are worth keeping."""
+        if keep and self.layers:
+            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+            shutil.rmtree(self.folder / "spill", ignore_errors=True)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def _take_lock(self, output: Path) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing {output}: wait for it or give another --output"
+            ) from None
+
+    def _open(self, identity: dict[str, Any], resume: bool) -> None:
+        for name in ("checkpoint", "spill"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        known = self._read("identity.json")
+        progress = self._read("progress.json")
+        if known is None or progress is None:  # killed before its first layer was finished
+            self._write("identity.json", identity)
+            return
+        if not resume:
+            raise UserError(
+                f"{self.folder} holds {len(progress['layers'])} finished layers of a run that did "
+                "not end: go on with --resume, or delete it to start anew"
+            )
+        _check_identity(known, identity, self.folder)
+        self.layers, self.content = progress["layers"], progress["content"]
+        self.bytes = sum(file.stat().st_size for file in self.folder.glob("layer-*.safetensors"))
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise self._damaged(path) from None
+        return content
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        partial = self.folder / f".{name}.partial"
+        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        _flush(partial)
+        partial.replace(self.folder / name)
+
+    def _damaged(self, path: Path) -> UserError:
+        return UserError(f"{path} is damaged: delete {self.folder} to start anew")
+
+
+def state_folder(output: Path) -> Path:
+    """Where the run that makes ``output`` keeps its state."""
+    return output.with_name(f".{output.name}.run")
+
+
+def content_hash(folder: Path, pattern: str = "*.safetensors") -> str:
+    """SHA-256 over the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        digest.update(f"{path.name} {_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def layer_tensors(layer: torch.nn.Module) -> Tensors:
+    """What a quantized layer consists of, without what only calibration needs."""
+    return {
+        name: tensor.cpu()
+        for name, tensor in layer.state_dict().items()
+        if "_observer." not in name
+    }
+
+
+def put_back(
+    layer: torch.nn.Module, tensors: Tensors, put: Callable[[torch.nn.Module, str, Any], None]
+) -> None:
+    """Give a layer the tensors of a finished one.
+
+    :param put: sets a parameter of a module, also of one that is offloaded
+    """
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        put(layer.get_submodule(path), attribute, tensor)
+
+
+def _check_identity(known: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
+    for key in sorted({*known, *identity}):
+        before, now = known.get(key), identity.get(key)
+        if before != now:
+            raise UserError(
+                f"cannot resume: {key} was {_shown(before)} and is {_shown(now)} now; run with "
+                f"what it was, or delete {folder} to start anew"
+            )
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
