@@ -38,7 +38,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:  # typer may have turned the KeyboardInterrupt into it
-        _fail("interrupted; nothing was left behind")
+        _fail("interrupted")
     sys.exit(code)
 
 
@@ -85,9 +85,13 @@ def quantize(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     config_name: Annotated[str | None, typer.Option(help="Config of a hub data set.")] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Sequences per batch, padded to the longest.")
-    ] = 1,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens that go through a layer together.")
+    ] = defaults.BATCH_TOKENS,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(help="Hidden states held in memory, the rest on disk. Default: half of it."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the data's order.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     container: Annotated[
@@ -96,6 +100,9 @@ def quantize(
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output folder when done.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last layer a killed run finished.")
     ] = False,
 ) -> None:
     """Quantize MODEL by RECIPE and write a checkpoint that vLLM loads."""
@@ -111,11 +118,13 @@ def quantize(
         text_column=text_column,
         split=split,
         config_name=config_name,
-        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        cache_gb=cache_gb,
         seed=seed,
         device=device,
         container=container,
         overwrite=overwrite,
+        resume=resume,
     )
     console = Console()
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6

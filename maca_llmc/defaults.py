@@ -9,6 +9,9 @@ SCALES = (128, 256, 512, 1024, 2048)
 TOKENS = 65_536
 """Calibration budget, in tokens."""
 
+BATCH_TOKENS = 2048
+"""Tokens of calibration sequences that go through a layer together."""
+
 EVALUATION_LENGTHS = (64, 256, 1024)
 """Input lengths to evaluate at, in tokens."""
 

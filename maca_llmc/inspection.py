@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,19 @@ class DiagonalRecorder:
         for (name, length), total in sorted(self._sums.items()):
             result[name][length] = total / self._counts[name, length]
         return dict(result)
+
+    def progress(self) -> list[Any]:
+        """What was seen so far; JSON-able, exact."""
+        return [
+            [name, length, self._counts[name, length], total.tolist()]
+            for (name, length), total in self._sums.items()
+        ]
+
+    def restore_progress(self, progress: list[Any]) -> None:
+        """Take over what :meth:`progress` said in a run that was killed."""
+        for name, length, count, total in progress:
+            self._sums[name, length] = torch.tensor(total)
+            self._counts[name, length] = count
 
     def save(self, folder: Path) -> None:
         """Write ``maca_diagonals.json`` to ``folder`` (nothing when nothing was seen)."""

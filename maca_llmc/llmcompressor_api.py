@@ -20,7 +20,12 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 from compressed_tensors.quantization.utils import calculate_range
-from compressed_tensors.utils import get_execution_device, match_named_modules, patch_attr
+from compressed_tensors.utils import (
+    get_execution_device,
+    match_named_modules,
+    patch_attr,
+    update_offload_parameter,
+)
 from compressed_tensors.utils.impl_backend import ImplBackend
 from llmcompressor.core import LifecycleCallbacks, active_session
 from llmcompressor.modeling.moe.conversion_mappings import has_linearize_load_mappings
@@ -75,17 +80,23 @@ __all__ = [
     "disable_offloading",
     "empty_hessian",
     "forget_causal_masks",
+    "gptq_progress",
     "keep_causal_masks",
     "loading_separate_experts",
     "onload_device",
     "quantize_stacks",
     "recorded_losses",
+    "restore_gptq_progress",
     "row_stacks",
     "separate_experts",
     "solve_batches",
+    "update_offload_parameter",
 ]
 
 LossCallback = Callable[[torch.nn.Module, float], None]
+
+QuantizedModule = Any
+"""A module that llm-compressor gave a ``quantization_scheme`` and a ``weight_observer``."""
 
 
 def empty_hessian(module: torch.nn.Module) -> torch.Tensor:
@@ -254,14 +265,14 @@ BY_ROW = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
 """Strategies whose scales belong to rows, so that rows of several modules can be stacked."""
 
 
-def row_stacks(modules: list[torch.nn.Module]) -> list[list[torch.nn.Module]]:
+def row_stacks(modules: list[QuantizedModule]) -> list[list[QuantizedModule]]:
     """Split modules of one input into stacks whose rows one sweep can quantize.
 
     Together go modules of the same quantization arguments, dtype and device, where scales belong
     to rows; any other module stays by itself.
     """
-    stacks: list[list[torch.nn.Module]] = []
-    open_stacks: dict[Any, list[torch.nn.Module]] = {}
+    stacks: list[list[QuantizedModule]] = []
+    open_stacks: dict[Any, list[QuantizedModule]] = {}
     for module in modules:
         key = batch_key(module)
         if key is None or module.quantization_scheme.weights.strategy not in BY_ROW:
@@ -278,15 +289,29 @@ def row_stacks(modules: list[torch.nn.Module]) -> list[list[torch.nn.Module]]:
 
 
 def solve_batches(
-    modules: list[torch.nn.Module], batched: str | int | None, block_size: int
-) -> list[list[torch.nn.Module]]:
+    modules: list[QuantizedModule], batched: str | int | None, block_size: int
+) -> list[list[QuantizedModule]]:
     """Modules of different inputs that llm-compressor would solve side by side."""
     return assign_batches(modules, batched, block_size)
 
 
+def gptq_progress(modifier: Any) -> dict[str, Any]:
+    """What GPTQ will say at its end of the modules it has quantized so far; JSON-able."""
+    return {
+        "compressed": modifier._num_compressed_modules,
+        "rounded_to_nearest": list(modifier._rtn_fallback_module_names),
+    }
+
+
+def restore_gptq_progress(modifier: Any, progress: dict[str, Any]) -> None:
+    """Undo the difference between a new modifier and one that quantized some layers."""
+    modifier._num_compressed_modules = progress["compressed"]
+    modifier._rtn_fallback_module_names = list(progress["rounded_to_nearest"])
+
+
 @torch.no_grad()
 def quantize_stacks(
-    stacks: list[list[torch.nn.Module]],
+    stacks: list[list[QuantizedModule]],
     factors: list[Factor],
     hessians: list[torch.Tensor],
     block_size: int,
@@ -300,7 +325,7 @@ def quantize_stacks(
     :param hessians: float32 ``[d, d]``, one a stack, to relate losses to
     """
     with disable_offloading():
-        args = stacks[0][0].quantization_scheme.weights  # type: ignore[union-attr]
+        args = stacks[0][0].quantization_scheme.weights
         modules = [module for stack in stacks for module in stack]
         qparams = {module: module.weight_observer.get_qparams() for module in modules}
         weights = _stacked(stacks, lambda module: module.weight.float())
@@ -312,17 +337,15 @@ def quantize_stacks(
             )
         quantized, losses = sweep(weights, factors, update, block_size)
         rows = [len(module.weight) for module in stacks[0]]
-        update_batch_qparams(
-            modules,
-            [part for stacked in quantized for part in stacked.split(rows)],
-            [qparams[module]["scale"] for module in modules],
-            [qparams[module]["zero_point"] for module in modules],
-            _global_scales(modules, qparams),
-            args,
-        )
+        # by module and not stacked as stock's, which are only ever indexed
+        parts: Any = [part for stacked in quantized for part in stacked.split(rows)]
+        scales: Any = [qparams[module]["scale"] for module in modules]
+        zero_points: Any = [qparams[module]["zero_point"] for module in modules]
+        global_scales: Any = _global_scales(modules, qparams)
+        update_batch_qparams(modules, parts, scales, zero_points, global_scales, args)
     if report is not None:
-        parts = zip(modules, _sums(losses, rows), _sums(energies, rows), strict=True)
-        for module, loss, energy in parts:
+        sums = zip(modules, _sums(losses, rows), _sums(energies, rows), strict=True)
+        for module, loss, energy in sums:
             report(module, _relative(loss, energy))
 
 

@@ -1,5 +1,6 @@
 """Find, check, load and save the model to quantize: the embedded one, a folder, or a hub name."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,23 @@ def load_config(source: str) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"model {source} is quantized already: give the unquantized one")
     return config
+
+
+def weights_identity(source: str, config: Any) -> str:
+    """What tells these weights from any others: a hub revision, or a hash of a folder's files.
+
+    :raises UserError: when the hub did not say which revision it gave
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if not config._commit_hash:
+            raise UserError(f"the revision of {source} is not known: download it, give its folder")
+        return f"revision {config._commit_hash}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def load_tokenizer(source: str) -> Any:

@@ -20,8 +20,10 @@ from maca_llmc.llmcompressor_api import (
     broadcast_quantized,
     empty_hessian,
     forget_causal_masks,
+    gptq_progress,
     keep_causal_masks,
     quantize_stacks,
+    restore_gptq_progress,
     row_stacks,
     solve_batches,
 )
@@ -128,6 +130,23 @@ class MaCaModifier(GPTQModifier):
     def record_diagonals(self, recorder: DiagonalRecorder) -> None:
         """Have ``recorder`` see the calibration sequences of the modules it asks for."""
         self._recorder = recorder
+
+    def progress(self) -> dict[str, Any]:
+        """What the modifier knows of the layers it has finished; JSON-able."""
+        return {
+            **gptq_progress(self),
+            "done": [self._module_names[module] for module in self._done],
+            "unseen": self._unseen,
+            "raised": self._raised,
+        }
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Take over what :meth:`progress` said in a run that was killed."""
+        restore_gptq_progress(self, progress)
+        module_of = {name: module for module, name in self._module_names.items()}
+        self._done = {module_of[name] for name in progress["done"]}
+        self._unseen = list(progress["unseen"])
+        self._raised = dict(progress["raised"])
 
     # lifecycle
 
@@ -311,12 +330,12 @@ class MaCaModifier(GPTQModifier):
     def _factor(self, first: torch.nn.Module, hessian: torch.Tensor, ordered: bool) -> Factor:
         names = [self._module_names[member] for member in self._groups[first].members]
         try:
-            factor = factorize(hessian, self.dampening_frac, ordered)
+            factor = factorize(hessian, self.dampening_frac or 0.0, ordered)
         except NotPositiveDefiniteError as error:
             raise CalibrationError(
                 f"{', '.join(names)}: the Hessian is {error}; calibrate with more tokens"
             ) from error
-        if factor.dampening != self.dampening_frac:
+        if factor.dampening != (self.dampening_frac or 0.0):
             self._raised.update(dict.fromkeys(names, factor.dampening))
         return factor
 

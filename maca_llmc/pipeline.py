@@ -4,17 +4,24 @@ llm-compressor's sequential pipeline traces the model, forces eager attention an
 ``[T, T]`` mask per batch. Here the model runs once with its layers replaced by recorders, which
 says what each layer is called with; from then on layers are called directly, with the model's own
 attention (SDPA, which needs no mask without padding), so time and memory grow with the tokens and
-not with ``T^2``. Picked by ``maca-llmc quantize``, or by ``oneshot(pipeline="maca")``. A model that
-does not fit this goes through the sequential pipeline, with a warning that says why.
+not with ``T^2``. Between layers hidden states wait in a bounded part of memory, the rest of them
+in files. Finished layers can be kept, and taken up again by a later run.
+
+Picked by ``maca-llmc quantize``, or by ``oneshot(pipeline="maca")``. A model that does not fit
+this goes through the sequential pipeline, with a warning that says why.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from loguru import logger
 from torch.utils._pytree import tree_map
 
+from maca_llmc.faults import is_out_of_memory
+from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import (
     CalibrationPipeline,
     HooksMixin,
@@ -36,16 +43,43 @@ class UnsupportedModelError(Exception):
     """The model is not a stack of decoder layers that can be called one by one; says why."""
 
 
-@dataclass
-class Batch:
-    """One batch on its way through the model.
+class Keeper(Protocol):
+    """Keeps finished layers, for a run that may be killed."""
 
-    :param hidden: ``[b, T, d]``, what the next layer gets
-    :param calls: per layer, the rest of what it is called with
+    @property
+    def finished(self) -> int:
+        """How many layers are finished already."""
+
+    def restore(self, index: int, layer: torch.nn.Module) -> None:
+        """Make a layer what it was when it was finished."""
+
+    def keep(self, layer: torch.nn.Module) -> None:
+        """Keep the next finished layer."""
+
+
+@dataclass
+class Resources:
+    """What a run gives the pipeline beyond what llm-compressor passes on.
+
+    :param keeper: of finished layers; None to keep none
+    :param hidden: where hidden states are between two layers
     """
 
-    hidden: torch.Tensor
-    calls: list[Call]
+    keeper: Keeper | None = None
+    hidden: HiddenStates = field(default_factory=HiddenStates)
+
+
+_given: list[Resources] = []
+
+
+@contextmanager
+def using(resources: Resources) -> Iterator[None]:
+    """While open, have the pipeline use these."""
+    _given.append(resources)
+    try:
+        yield
+    finally:
+        _given.pop()
 
 
 class Recorder(torch.nn.Module):
@@ -79,27 +113,62 @@ class LayerPipeline(CalibrationPipeline):
         layers = decoder_layers(model)
         device = onload_device(model)
         store = torch.device(dataset_args.sequential_offload_device)
+        resources = _given[-1] if _given else Resources()
         try:
             check_targets(model, layers)
             with calibration_forward(model):
-                batches = record_batches(model, layers, dataloader, device, store)
+                calls = record_batches(model, layers, dataloader, (device, store), resources.hidden)
         except UnsupportedModelError as error:
-            logger.warning(f"calibrating through llm-compressor's sequential pipeline: {error}")
+            logger.warning(
+                f"calibrating through llm-compressor's sequential pipeline, which cannot be "
+                f"resumed: {error}"
+            )
             SequentialPipeline()(model, dataloader, dataset_args)
             return
         LifecycleCallbacks.calibration_start()
         with calibration_forward(model):
             for index, layer in enumerate(layers):
                 with disable_offloading():
-                    for number, batch in enumerate(batches):
-                        active_session().state.current_batch_idx = number
-                        call_layer(layer, batch, index, device)
-                    LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
+                    finish_layer(layer, index, calls, resources, device)
                     if index + 1 < len(layers):
                         with HooksMixin.disable_hooks():
-                            for batch in batches:
-                                batch.hidden = call_layer(layer, batch, index, device).to(store)
+                            for number, hidden in outputs(layer, index, calls, resources, device):
+                                resources.hidden.put(number, hidden.to(store))
         LifecycleCallbacks.calibration_end()
+
+
+def finish_layer(
+    layer: torch.nn.Module,
+    index: int,
+    calls: list[list[Call]],
+    resources: Resources,
+    device: torch.device,
+) -> None:
+    """Calibrate and quantize a layer, or take it from a run that has done so."""
+    keeper = resources.keeper
+    if keeper is not None and index < keeper.finished:
+        keeper.restore(index, layer)
+        return
+    for _ in outputs(layer, index, calls, resources, device):
+        pass  # what counts is what hooks see
+    LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
+    if keeper is not None:
+        keeper.keep(layer)
+
+
+def outputs(
+    layer: torch.nn.Module,
+    index: int,
+    calls: list[list[Call]],
+    resources: Resources,
+    device: torch.device,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Number and output ``[b, T, d]`` of a layer for each batch."""
+    for number, by_layer in enumerate(calls):
+        active_session().state.current_batch_idx = number
+        args, kwargs = move(by_layer[index], device)
+        output = layer(resources.hidden.get(number).to(device), *args, **kwargs)
+        yield number, output[0] if isinstance(output, tuple) else output
 
 
 def check_targets(model: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
@@ -117,41 +186,38 @@ def record_batches(
     model: Any,
     layers: list[torch.nn.Module],
     dataloader: Any,
-    device: torch.device,
-    store: torch.device,
-) -> list[Batch]:
+    devices: tuple[torch.device, torch.device],
+    states: HiddenStates,
+) -> list[list[Call]]:
     """Run the model around its layers: the embeddings, and what each layer is called with.
 
+    :param devices: to compute on, and to keep things on
+    :param states: takes the hidden states that go into the first layer
+    :return: by batch and layer, the rest of what it is called with
     :raises UnsupportedModelError: when hidden states do not go from layer to layer unchanged
     """
+    compute, store = devices
     names = {module: name for name, module in model.named_modules()}
     recorders = [Recorder(layer) for layer in layers]
-    batches = []
+    recorded = []
     try:
         for layer, recorder in zip(layers, recorders, strict=True):
             model.set_submodule(names[layer], recorder)
-        for inputs in dataloader:
-            model(**move(inputs, device))
+        for number, inputs in enumerate(dataloader):
+            model(**move(inputs, compute))
             hidden = recorders[0].hidden
             if any(recorder.hidden is not hidden for recorder in recorders):
                 raise UnsupportedModelError("hidden states change between its decoder layers")
-            calls = move([recorder.call for recorder in recorders], store)
-            batches.append(Batch(hidden.to(store), calls))
+            recorded.append(move([recorder.call for recorder in recorders], store))
+            states.put(number, hidden.to(store))
     except (TypeError, IndexError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(f"{type(error).__name__}: {error}") from error
     finally:
         for layer in layers:
             model.set_submodule(names[layer], layer)
-    return batches
-
-
-def call_layer(
-    layer: torch.nn.Module, batch: Batch, index: int, device: torch.device
-) -> torch.Tensor:
-    """Output of a layer for one batch, ``[b, T, d]``."""
-    args, kwargs = move(batch.calls[index], device)
-    output = layer(batch.hidden.to(device), *args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return recorded
 
 
 def move(values: Any, device: torch.device) -> Any:

@@ -19,14 +19,17 @@ NOT_NEWS = ("No accelerator available", "Disabling tokenizer", "Calibration pipe
 
 
 @contextmanager
-def layer_progress(layers: list[torch.nn.Module], batches: int) -> Iterator[None]:
+def layer_progress(
+    layers: list[torch.nn.Module], batches: int, finished: int = 0
+) -> Iterator[None]:
     """Show one bar over all layers while llm-compressor's own bars and chatter are quiet.
 
     :param layers: the decoder layers in order
     :param batches: calibration batches that go through each
+    :param finished: layers that are only passed through, their calibration done in an earlier run
     """
     bar = tqdm.tqdm(
-        total=len(layers) * batches * PASSES,
+        total=len(layers) * batches * PASSES - finished * batches,
         desc=f"layer 1/{len(layers)}",
         bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} elapsed, {remaining} left",
         mininterval=0.5 if sys.stderr.isatty() else 15,

@@ -63,9 +63,13 @@ def save_recipe(recipe: Recipe, folder: Path) -> None:
 
     llm-compressor's own dump holds Python tags for enumerations, which a safe loader refuses.
     """
+    (folder / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as plain YAML, all fields resolved."""
     plain = json.loads(json.dumps(recipe.to_dict()))
-    text = yaml.safe_dump(plain, sort_keys=False)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return yaml.safe_dump(plain, sort_keys=False)
 
 
 def quantizing_modifier(recipe: Recipe) -> Any:

@@ -70,6 +70,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def finished_identity(output: Path) -> dict[str, Any] | None:
+    """What run made the checkpoint in ``output``; None when there is none that says so."""
+    try:
+        content = json.loads((output / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    identity: dict[str, Any] | None = content.get("identity")
+    return identity
+
+
 def base_license(source: str) -> str | None:
     """The licence on the base model's card, None when it has no card that can be read."""
     card = Path(source) / "README.md" if Path(source).is_dir() else source

@@ -116,9 +116,9 @@ class SharedInputs(Generic[Statistic]):
                 self._group_of[module] = group
                 return
             self._close(group)
-        group = Group([module], self._start(module), founding=Founding(given.tensor, module))
-        self._group_of[module] = group
-        self._open[group.founding.key] = group
+        founding = Founding(given.tensor, module)
+        group = Group([module], self._start(module), founding=founding)
+        self._group_of[module] = self._open[founding.key] = group
         self._add(group.members, group.statistic, given)
 
     def _close(self, group: Group[Statistic]) -> None:

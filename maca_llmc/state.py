@@ -37,12 +37,15 @@ class RunState:
 
     :param output: the folder the run is to make
     :param identity: what must be the same for a run to go on; JSON-able, flat
-    :param resume: whether to go on with what is there
+    :param resume: go on with what a killed run left
+    :param anew: drop what a killed run left; has no say where ``resume`` has
     :raises UserError: when another run holds the folder, when there is a killed run's state and
-        ``resume`` is not set, when that run differs (the difference is named), when it is damaged
+        neither is set, when that run differs (the difference is named), when it is damaged
     """
 
-    def __init__(self, output: Path, identity: dict[str, Any], resume: bool) -> None:
+    def __init__(
+        self, output: Path, identity: dict[str, Any], *, resume: bool = False, anew: bool = False
+    ) -> None:
         self.folder = state_folder(output)
         self.bytes = 0
         self.layers: list[str] = []
@@ -51,7 +54,7 @@ class RunState:
         self._lock = (self.folder / "lock").open("a")
         try:
             self._take_lock(output)
-            self._open(json.loads(json.dumps(identity)), resume)
+            self._open(json.loads(json.dumps(identity)), resume, anew and not resume)
         except BaseException:
             self._lock.close()
             raise
@@ -107,20 +110,24 @@ class RunState:
                 f"another run is writing {output}: wait for it or give another --output"
             ) from None
 
-    def _open(self, identity: dict[str, Any], resume: bool) -> None:
-        for name in ("checkpoint", "spill"):
+    def _open(self, identity: dict[str, Any], resume: bool, anew: bool) -> None:
+        for name in ("checkpoint", "spill", "previous"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
+        if anew:
+            (self.folder / "progress.json").unlink(missing_ok=True)
         known = self._read("identity.json")
         progress = self._read("progress.json")
         if known is None or progress is None:  # killed before its first layer was finished
+            for left in self.folder.glob("layer-*"):
+                left.unlink()
             self._write("identity.json", identity)
             return
         if not resume:
             raise UserError(
                 f"{self.folder} holds {len(progress['layers'])} finished layers of a run that did "
-                "not end: go on with --resume, or delete it to start anew"
+                "not end: go on with --resume, or start anew with --overwrite"
             )
-        _check_identity(known, identity, self.folder)
+        _check_identity(known, identity)
         self.layers, self.content = progress["layers"], progress["content"]
         self.bytes = sum(file.stat().st_size for file in self.folder.glob("layer-*.safetensors"))
 
@@ -141,20 +148,12 @@ class RunState:
         partial.replace(self.folder / name)
 
     def _damaged(self, path: Path) -> UserError:
-        return UserError(f"{path} is damaged: delete {self.folder} to start anew")
+        return UserError(f"{path} is damaged: start anew with --overwrite")
 
 
 def state_folder(output: Path) -> Path:
     """Where the run that makes ``output`` keeps its state."""
     return output.with_name(f".{output.name}.run")
-
-
-def content_hash(folder: Path, pattern: str = "*.safetensors") -> str:
-    """SHA-256 over the names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob(pattern)):
-        digest.update(f"{path.name} {_digest(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def layer_tensors(layer: torch.nn.Module) -> Tensors:
@@ -178,13 +177,13 @@ def put_back(
         put(layer.get_submodule(path), attribute, tensor)
 
 
-def _check_identity(known: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
+def _check_identity(known: dict[str, Any], identity: dict[str, Any]) -> None:
     for key in sorted({*known, *identity}):
         before, now = known.get(key), identity.get(key)
         if before != now:
             raise UserError(
                 f"cannot resume: {key} was {_shown(before)} and is {_shown(now)} now; run with "
-                f"what it was, or delete {folder} to start anew"
+                "what it was, or start anew with --overwrite in place of --resume"
             )
 
 

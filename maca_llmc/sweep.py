@@ -62,8 +62,9 @@ def sweep_block(
     :param errors: ``[rows, width]`` float32, out: ``(w - q) / factor[i, i]``
     """
     zeros = torch.zeros_like(work) if zero_point is None else zero_point.float().contiguous()
+    threads = torch.get_num_threads()
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made at run time
-    numba.set_num_threads(min(torch.get_num_threads(), most))
+    numba.set_num_threads(min(threads, most))
     _sweep(
         work.numpy(),
         factor.contiguous().numpy(),
@@ -75,3 +76,5 @@ def sweep_block(
         quantized.numpy(),
         errors.numpy(),
     )
+    if torch.get_num_threads() != threads:  # numba's first launch sets that of OpenMP, for all
+        torch.set_num_threads(threads)

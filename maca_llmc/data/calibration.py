@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -46,34 +46,23 @@ class CalibrationSet:
         """The length of every sequence, in tokens, in order."""
         return [len(sequence) for sequence in self.sequences]
 
-    def dataloader(
-        self,
-        batch_size: int = 1,
-        padding_side: Literal["left", "right"] = "right",
-        pad_token_id: int = 0,
-    ) -> DataLoader:
-        """Return a loader to pass to ``oneshot(dataset=...)``: it keeps the order and cuts nothing.
+    def dataloader(self, batch_tokens: int = 1) -> DataLoader:
+        """Return a loader to pass to ``oneshot(dataset=...)``: it cuts and pads nothing.
 
-        A batch is ``{"input_ids": [rows, longest], "attention_mask": [rows, longest]}``, int64;
-        the mask is 1 on tokens and 0 on padding. Consecutive sequences form a batch, and padding
-        reaches only to the longest of them: with mixed lengths, 1 is the batch size that wastes
-        nothing. Padding is masked, so any valid ``pad_token_id`` does.
+        A batch is ``{"input_ids": [rows, length], "attention_mask": [rows, length]}``, int64, the
+        mask all 1. Sequences of the same length share a batch, in their order: so nothing is
+        padded, and attention needs no ``[length, length]`` mask.
 
-        :raises UserError: batch size or padding side makes no sense.
+        :param batch_tokens: most tokens in a batch; a longer sequence is a batch of its own
+        :raises UserError: when it is not positive.
         """
-        if batch_size < 1:
-            raise UserError(f"batch size is {batch_size}: give 1 or more")
-        if padding_side not in ("left", "right"):
-            raise UserError(f"padding side is {padding_side!r}: give 'left' or 'right'")
-
-        def collate(rows: list[Tensor]) -> dict[str, Tensor]:
-            return _pad(rows, padding_side, pad_token_id)
-
+        if batch_tokens < 1:
+            raise UserError(f"batch tokens are {batch_tokens}: give 1 or more")
+        batches = batches_of_equal_length(self.lengths, batch_tokens)
         return DataLoader(
             self.sequences,  # type: ignore[arg-type]  # a list is a map-style data set
-            batch_size=batch_size,
-            shuffle=False,
-            collate_fn=collate,
+            batch_sampler=batches,
+            collate_fn=_stack,
             # Iterating draws a seed for workers: not from the global generator.
             generator=torch.Generator(),
         )
@@ -171,6 +160,19 @@ def build_calibration_set(
     )
 
 
+def batches_of_equal_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Put the numbers of sequences of one length together, ``batch_tokens`` tokens at most."""
+    batches: list[list[int]] = []
+    growing: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        batch = growing.get(length)
+        if batch is None or (len(batch) + 1) * length > batch_tokens:
+            batch = growing[length] = []
+            batches.append(batch)
+        batch.append(index)
+    return batches
+
+
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the special token ids that the tokenizer puts in front of a text, often ``[bos]``."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -249,15 +251,9 @@ def _check_scales(
         )
 
 
-def _pad(rows: list[Tensor], side: str, pad_token_id: int) -> dict[str, Tensor]:
-    shape = (len(rows), max(map(len, rows)))
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    for number, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(shape[1] - len(row), shape[1])
-        input_ids[number, place] = row
-        attention_mask[number, place] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+def _stack(rows: list[Tensor]) -> dict[str, Tensor]:
+    input_ids = torch.stack(rows)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 def _bucket(length: int) -> str:

@@ -98,7 +98,8 @@ BAD = {
     "no such device": ({"device": "cuda:99"}, "device 'cuda:99' is not there .*--device cpu"),
     "container for nothing": ({"container": 4}, "this recipe has none: drop it"),
     "unknown container": ({"container": 8}, "--container 8: only 4 is supported"),
-    "batches of nothing": ({"batch_size": 0}, "batch size is 0: give 1 or more"),
+    "batches of nothing": ({"batch_tokens": 0}, "batch tokens are 0: give 1 or more"),
+    "less than no cache": ({"cache_gb": -1.0}, "--cache-gb -1: give 0 or more"),
     "unknown option": ({"modle": "x"}, r"No such option: --modle.*\(see maca-llmc --help\)"),
     "not a number": ({"tokens": "many"}, "'--tokens': .*valid integer"),
 }
@@ -156,7 +157,7 @@ def test_an_interrupt_says_so(here, monkeypatch, capsys):
 
     monkeypatch.setattr(maca_llmc, "quantize", interrupted)
     code, _, lines = run(monkeypatch, capsys, "quantize", *options(here))
-    assert code == 130 and lines == ["error: interrupted; nothing was left behind"]
+    assert code == 130 and lines == ["error: interrupted"]
 
 
 def test_a_bug_of_ours_keeps_its_traceback(here, monkeypatch):
@@ -199,7 +200,7 @@ def test_every_option_reaches_the_call(here, monkeypatch, capsys):
         "text_column": "t",
         "split": "s",
         "config_name": "c",
-        "batch_size": 2,
+        "batch_tokens": 2,
         "seed": 5,
         "device": "cpu",
         "container": 4,

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from watching import SCHEME, hessians_of
 
 from maca_llmc import MaCaModifier
+from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import decoder_layers
 from maca_llmc.pipeline import NAME, UnsupportedModelError, record_batches
 
@@ -46,10 +47,9 @@ def test_hessians_are_those_of_the_sequential_pipeline(tiny_model, family, batch
 
 def test_without_padding_nothing_of_the_square_of_the_length_is_kept(tiny_model):
     model = tiny_model("llama")
-    (batch,) = record_batches(
-        model, decoder_layers(model), loader(random_sequences([200])), CPU, CPU
-    )
-    kept = [leaf for leaf in tree_leaves(batch.calls) if isinstance(leaf, torch.Tensor)]
+    data = loader(random_sequences([200]))
+    calls = record_batches(model, decoder_layers(model), data, (CPU, CPU), HiddenStates())
+    kept = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, torch.Tensor)]
     assert kept, "position embeddings at least are passed on"
     assert max(tensor.numel() for tensor in kept) < 200 * 200
 
@@ -66,7 +66,7 @@ def test_the_last_layer_is_not_run_for_nothing(tiny_model):
 def test_the_layers_are_back_in_place(tiny_model):
     model = tiny_model("llama")
     layers = decoder_layers(model)
-    record_batches(model, layers, loader(random_sequences([16])), CPU, CPU)
+    record_batches(model, layers, loader(random_sequences([16])), (CPU, CPU), HiddenStates())
     assert decoder_layers(model) == layers
 
 
@@ -98,4 +98,5 @@ class Odd(torch.nn.Module):
 def test_a_model_that_works_between_its_layers_is_not_supported():
     model = Odd()
     with pytest.raises(UnsupportedModelError, match="between its decoder layers"):
-        record_batches(model, list(model.layers), loader(random_sequences([8])), CPU, CPU)
+        data = loader(random_sequences([8]))
+        record_batches(model, list(model.layers), data, (CPU, CPU), HiddenStates())

@@ -1,5 +1,8 @@
 """The compiled sweep against llm-compressor's eager one, bit for bit."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -82,3 +85,20 @@ def test_codes_are_those_of_the_eager_sweep(scheme, dtype, monkeypatch):
     assert torch.equal(compiled, eager)
     assert torch.allclose(loss, eager_loss, rtol=1e-6)
     assert not fallback.any()
+
+
+THREADS = """
+import torch
+torch.set_num_threads(1)
+from maca_llmc.sweep import sweep_block
+work = torch.randn(4, 8)
+step, out, errors = (torch.ones_like(work) for _ in range(3))
+sweep_block(work, torch.eye(8), step, None, (-8, 7), out, errors)
+print(torch.get_num_threads())
+"""
+
+
+def test_the_number_of_threads_is_left_alone():
+    """In a process of its own: it is the first launch of numba's threads that would set it."""
+    found = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert found.stdout.split()[-1:] == ["1"], found.stderr

@@ -240,20 +240,19 @@ class TestDataloader:
                 assert torch.equal(batch["input_ids"], sequence[None])
                 assert batch["attention_mask"].all()
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("batch_size", [2, 4])
-    def test_padding_only_inside_a_batch(self, built, side, batch_size):
-        loader = built.dataloader(batch_size, padding_side=side, pad_token_id=7)
-        assert len(loader) == -(-len(built.sequences) // batch_size)
+    @pytest.mark.parametrize("batch_tokens", [16, 20, 1000])
+    def test_sequences_of_one_length_share_a_batch(self, built, batch_tokens):
+        loader = built.dataloader(batch_tokens)
         rows = []
         for batch in loader:
-            mask = batch["attention_mask"].bool()
-            assert mask.all(dim=1).any()  # as wide as its longest row
-            assert (batch["input_ids"][~mask] == 7).all()
-            edge = mask[:, -1 if side == "left" else 0]
-            assert edge.all()
-            rows += [ids[keep] for ids, keep in zip(batch["input_ids"], mask, strict=True)]
-        assert all(map(torch.equal, rows, built.sequences))
+            assert batch["attention_mask"].all()  # nothing is padded
+            assert batch["input_ids"].numel() <= batch_tokens
+            rows += list(batch["input_ids"])
+        assert len(loader) == len(list(loader)) < len(built.sequences)
+        for length in (4, 8, 16):
+            of_length = [row for row in rows if len(row) == length]
+            expected = [row for row in built.sequences if len(row) == length]
+            assert all(map(torch.equal, of_length, expected)) and len(of_length) == len(expected)
 
     def test_writing_into_a_batch_leaves_the_set_alone(self, built):
         before = built.record()["sha256"]
@@ -261,10 +260,9 @@ class TestDataloader:
             batch["input_ids"].zero_()
         assert built.record()["sha256"] == before
 
-    @pytest.mark.parametrize("kwargs", [{"batch_size": 0}, {"padding_side": "both"}])
-    def test_errors(self, built, kwargs):
-        with pytest.raises(UserError, match="give"):
-            built.dataloader(**kwargs)
+    def test_a_batch_of_nothing_is_refused(self, built):
+        with pytest.raises(UserError, match="batch tokens are 0: give 1 or more"):
+            built.dataloader(0)
 
 
 def test_record(plain, documents):

@@ -1,0 +1,164 @@
+"""Check all that can be checked before the weights are loaded, and decide the rest."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maca_llmc import defaults, models, record
+from maca_llmc.containers import CONTAINER_BITS, check_container
+from maca_llmc.data import CalibrationSet, build_calibration_set
+from maca_llmc.device import resolve_device
+from maca_llmc.errors import UserError
+from maca_llmc.inspection import DiagonalRecorder, inspected_modules
+from maca_llmc.llmcompressor_api import Recipe
+from maca_llmc.recipes import default_recipe, quantizing_modifier, read_recipe
+from maca_llmc.schemes import check_schemes, linear_widths
+
+
+@dataclass
+class Run:
+    """What a quantize run has decided and measured so far.
+
+    :param shapes: the model without weights
+    :param batch_tokens: tokens that go through a layer together
+    :param cache_bytes: hidden states held in memory; None for half of what is free
+    """
+
+    source: str
+    config: Any
+    shapes: Any
+    recipe: Recipe
+    modifier: Any
+    calibration: CalibrationSet
+    processor: Any
+    recorder: DiagonalRecorder
+    device: torch.device
+    batch_tokens: int
+    cache_bytes: int | None
+    container: int | None
+    losses: dict[str, float] = field(default_factory=dict)
+    wall_seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Note the wall time of a phase, in seconds."""
+        start = time.perf_counter()
+        yield
+        self.wall_seconds[phase] = round(time.perf_counter() - start, 3)
+
+
+def prepare(
+    output: str | Path,
+    *,
+    model: str = defaults.MODEL,
+    recipe: str | Path | None = None,
+    data: Any = None,
+    scales: Sequence[int] | None = None,
+    tokens: int = defaults.TOKENS,
+    balance: str = "tokens",
+    whole_documents: bool = False,
+    text_column: str | None = None,
+    split: str = "train",
+    config_name: str | None = None,
+    batch_tokens: int = defaults.BATCH_TOKENS,
+    cache_gb: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    container: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Run:
+    """Check all that can be checked before the weights are loaded, and decide the rest.
+
+    :param output: folder to make; a run that fails or is interrupted leaves none
+    :param model: the embedded model's name, a folder, or a hub name
+    :param recipe: YAML file; by default W4A16 by MaCa, with a group size that divides the widths
+    :param data: text, JSONL, folder, hub name or ``Dataset``; the shipped English sample if None
+    :param scales: calibration lengths in tokens; by default ``defaults.SCALES`` up to the context
+    :param tokens: calibration budget
+    :param balance: "tokens" or "counts": what every scale gets the same of
+    :param whole_documents: documents at their natural length instead of windows
+    :param text_column: of the data; so ``split`` and ``config_name`` of a hub data set
+    :param batch_tokens: tokens that go through a layer together, in sequences of one length
+    :param cache_gb: hidden states to hold in memory, the rest going to disk; half of what is free
+        if None
+    :param seed: of the order of the data; recorded
+    :param device: "auto", "cpu", "cuda" or "cuda:N"
+    :param container: 4 stores 2- and 3-bit weights in 4-bit containers, same values
+    :param overwrite: replace ``output`` when the new checkpoint is complete
+    :param resume: go on after the last layer that a killed run of the same settings finished
+    :raises UserError: for anything the user can mend; nothing is written
+    """
+    _check_output(Path(output), overwrite, resume)
+    if container not in (None, CONTAINER_BITS):
+        raise UserError(f"--container {container}: only {CONTAINER_BITS} is supported")
+    if cache_gb is not None and cache_gb < 0:
+        raise UserError(f"--cache-gb {cache_gb:g}: give 0 or more")
+    parsed = read_recipe(recipe) if recipe is not None else None
+    target = resolve_device(device)
+
+    source = models.resolve_model(str(model))
+    config = models.load_config(source)
+    shapes = models.meta_model(config)
+    parsed = parsed or default_recipe(shapes)
+    modifier = quantizing_modifier(parsed)
+    check_schemes(modifier, shapes)
+    if container:
+        check_container(modifier.resolved_config.config_groups.values())
+    context = models.context_length(config)
+    if scales is None and not whole_documents:
+        scales = [scale for scale in defaults.SCALES if context is None or scale <= context]
+    tokenizer = models.load_tokenizer(source)
+    processor = models.load_processor(source, tokenizer)
+    calibration = build_calibration_set(
+        tokenizer,
+        source=data,
+        scales=scales,
+        tokens=tokens,
+        balance=balance,
+        whole_documents=whole_documents,
+        seed=seed,
+        max_context=context,
+        text_column=text_column,
+        split=split,
+        config_name=config_name,
+    )
+    calibration.dataloader(batch_tokens)  # refuses a size that makes no sense
+    names = list(linear_widths(shapes, modifier.resolved_targets, modifier.ignore))
+    return Run(
+        source=source,
+        config=config,
+        shapes=shapes,
+        recipe=parsed,
+        modifier=modifier,
+        calibration=calibration,
+        processor=processor,
+        recorder=DiagonalRecorder(inspected_modules(names), scales or defaults.SCALES),
+        device=target,
+        batch_tokens=batch_tokens,
+        cache_bytes=None if cache_gb is None else int(cache_gb * 1e9),
+        container=container,
+    )
+
+
+def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
+    output = output.expanduser().absolute()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file: give a folder")
+    finished = resume and record.finished_identity(output) is not None
+    if output.is_dir() and any(output.iterdir()) and not (overwrite or finished):
+        raise UserError(f"output folder {output} is not empty: give another one or --overwrite")
+    parent = existing_parent(output)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"output {output} cannot be made in {parent}: give another one")
+
+
+def existing_parent(output: Path) -> Path:
+    """The folder on whose disk ``output`` will be."""
+    return next(folder for folder in output.parents if folder.exists())

@@ -1,0 +1,24 @@
+"""`maca-serve doctor`: will vLLM load this checkpoint on that target, and with which kernels.
+
+Two halves that meet in one JSON message. This side reads files and knows the formats, not vLLM:
+
+    headers.py    safetensors headers of a folder
+    layouts.py    the tensors that each storage format gives a module
+    schemes.py    which quantization arguments a module has
+    checks.py     tensors against scheme
+    variants.py   what could be changed
+    diagnosis.py  puts the answers together; view.py shows them
+
+The other half runs in a process of its own, because it turns vLLM's platform into another one and
+because vLLM prints to standard output:
+
+    worker.py     reads the question, writes the answer
+    simulation.py a card that is not here, and packages that are not here
+    fusing.py     the layers that vLLM's model makes of the checkpoint's modules
+    building.py   vLLM's own layer of one shape, without memory
+    trace.py      what each kernel said when it was asked
+"""
+
+from maca_serve.doctor.diagnosis import diagnose, diagnose_shapes
+
+__all__ = ["diagnose", "diagnose_shapes"]

@@ -1,0 +1,147 @@
+"""Which quantization arguments a config gives each module."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from maca_serve.doctor.layouts import Scheme
+from maca_serve.errors import UserError
+
+SchemeOf = Callable[[str], Scheme | None]
+
+
+def scheme_finder(quantization: dict[str, Any]) -> SchemeOf | None:
+    """A function from module name to scheme (None: not quantized), or None for unknown methods.
+
+    Args:
+        quantization: the `quantization_config` of a model's config.
+
+    Raises:
+        UserError: a config of a known method that lacks what the method needs.
+    """
+    method = str(quantization.get("quant_method", "")).lower()
+    try:
+        if method == "compressed-tensors":
+            return _compressed_tensors(quantization)
+        if method in ("gptq", "awq", "auto-round"):
+            return _one_scheme(method, quantization)
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(
+            f"quantization_config: not a {method} config: {type(error).__name__} {error};"
+            " compare it with what its tool writes"
+        ) from error
+    return None
+
+
+def _compressed_tensors(quantization: dict[str, Any]) -> SchemeOf:
+    ignored = quantization.get("ignore") or []
+    groups = [
+        (group["targets"], _from_group(group, quantization.get("format")))
+        for group in quantization["config_groups"].values()
+        if group.get("weights")
+    ]
+
+    def find(module: str) -> Scheme | None:
+        if any(_matches(pattern, module) for pattern in ignored):
+            return None
+        for exact in (True, False):
+            for targets, scheme in groups:
+                # A name or an expression is meant before a class of modules.
+                if any(
+                    _matches(target, module) for target in targets if _is_class(target) != exact
+                ):
+                    return scheme
+                if not exact and any(_is_class(target) for target in targets):
+                    return scheme
+        return None
+
+    return find
+
+
+def _is_class(target: str) -> bool:
+    return not target.startswith("re:") and "." not in target and target[:1].isupper()
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """As compressed-tensors: `re:` expressions match from the start, the rest is a name."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return pattern == module
+
+
+def _from_group(group: dict[str, Any], default_format: str | None) -> Scheme:
+    weights, inputs = group["weights"], group.get("input_activations") or {}
+    block = weights.get("block_structure")
+    size = weights.get("group_size")
+    return Scheme(
+        format=str(group.get("format") or default_format),
+        bits=int(weights["num_bits"]),
+        group_size=size if size and size > 0 else None,
+        strategy=str(weights.get("strategy") or ("group" if size else "tensor")),
+        symmetric=bool(weights.get("symmetric", True)),
+        kind=str(weights.get("type", "int")),
+        block=(block[0], block[1]) if block else None,
+        static_inputs=bool(inputs) and inputs.get("dynamic") is False,
+        actorder=weights.get("actorder") or None,
+    )
+
+
+def _one_scheme(method: str, quantization: dict[str, Any]) -> SchemeOf:
+    rules = _rules(quantization)
+    skipped = quantization.get("modules_to_not_convert") or []
+
+    def find(module: str) -> Scheme | None:
+        # As vLLM: the entries are parts of names.
+        if any(part in module for part in skipped):
+            return None
+        values: dict[str, Any] = dict(quantization)
+        for pattern, change in rules:
+            if re.search(pattern, module):
+                if change is None:
+                    return None
+                values |= change
+        if int(_first(values, "bits", "w_bit")) >= 16:
+            return None
+        return _from_values(method, values)
+
+    find("")  # so that a config without bits is refused before any module is asked for
+    return find
+
+
+def _rules(quantization: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:
+    """Overrides by expression: GPTQModel's `dynamic` and AutoRound's `extra_config`."""
+    rules: list[tuple[str, dict[str, Any] | None]] = []
+    for pattern, change in (quantization.get("dynamic") or {}).items():
+        rules.append(
+            (f"^(?:{pattern[2:]})", None) if pattern.startswith("-:") else _rule(pattern, change)
+        )
+    for pattern, change in (quantization.get("extra_config") or {}).items():
+        rules.append((f"^(?:{pattern})$", change))
+    return rules
+
+
+def _rule(pattern: str, change: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return f"^(?:{pattern.removeprefix('+:')})", change
+
+
+def _from_values(method: str, values: dict[str, Any]) -> Scheme:
+    size = int(_first(values, "group_size", "q_group_size"))
+    awq = method == "awq" or "awq" in str(values.get("packing_format", ""))
+    asymmetric = (
+        values.get("zero_point") if awq and "zero_point" in values else not values.get("sym", True)
+    )
+    return Scheme(
+        format="awq" if awq else "gptq",
+        bits=int(_first(values, "bits", "w_bit")),
+        group_size=size if size > 0 else None,
+        strategy="group" if size > 0 else "channel",
+        symmetric=not asymmetric,
+        actorder="group" if values.get("desc_act") else None,
+    )
+
+
+def _first(values: dict[str, Any], *names: str) -> Any:
+    for name in names:
+        if values.get(name) is not None:
+            return values[name]
+    raise KeyError(names[0])

@@ -1,0 +1,46 @@
+import errno
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from maca_llmc.errors import UserError
+from maca_llmc.faults import named_faults
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk(tmp_path, error):
+    with (
+        pytest.raises(UserError, match=f"no space left on the disk of {tmp_path}"),
+        named_faults(tmp_path),
+    ):
+        raise error
+
+
+def test_host_memory_says_how_much_was_asked_for(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"asked for \d+ bytes more\): lower --batch-tokens"),
+        named_faults(tmp_path),
+    ):
+        torch.empty(10**15)
+
+
+def test_device_memory_says_how_much_was_asked_for(tmp_path):
+    said = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 80 GiB"
+    with (
+        pytest.raises(UserError, match=r"on the device \(asked for 2\.50 GiB more\)"),
+        named_faults(tmp_path),
+    ):
+        raise torch.OutOfMemoryError(said)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), RuntimeError("shape mismatch")])
+def test_other_errors_pass(tmp_path, error):
+    with pytest.raises(type(error), match=str(error.args[-1])), named_faults(tmp_path):
+        raise error

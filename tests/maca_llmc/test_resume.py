@@ -1,0 +1,301 @@
+"""Runs that are killed, and go on: their tensors are those of a run that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import quantize, tensors
+
+from maca_llmc import quantize_run
+from maca_llmc.errors import UserError
+from maca_llmc.resume import LayerKeeper
+from maca_llmc.state import RunState
+
+ROOT = Path(__file__).parents[2]
+LAYERS = 3
+SHAPE = {"num_hidden_layers": LAYERS}
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from checkpoints import quantize
+from maca_llmc import models, quantize_run, record, state
+from maca_llmc.resume import LayerKeeper
+
+def kill_at(owner, name, when, after=False):
+    original = getattr(owner, name)
+    def patched(*args, **kwargs):
+        result = original(*args, **kwargs) if after else None
+        if when(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result if after else original(*args, **kwargs)
+    setattr(owner, name, patched)
+
+moment = sys.argv[3]
+if moment == "before the first layer counts":
+    kill_at(state.RunState, "_write", lambda self, name, content: name == "progress.json")
+elif moment == "before the second layer counts":
+    kill_at(state.RunState, "_write",
+            lambda self, name, content: name == "progress.json" and len(content["layers"]) == 2)
+elif moment == "after the second layer":
+    kill_at(LayerKeeper, "keep", lambda self, layer: self.finished == 2, after=True)
+elif moment == "while saving":
+    kill_at(models, "save_model", lambda *args: True, after=True)
+elif moment == "before it is renamed":
+    kill_at(Path, "rename", lambda self, target: self.name == "checkpoint")
+elif moment == "before it is tidied up":
+    kill_at(state.RunState, "close", lambda *args: True)
+quantize(sys.argv[1], Path(sys.argv[2]), overwrite=True)
+"""
+
+
+def start_killed(source, output, moment):
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(source), str(output), moment],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+
+
+def left_over(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same_tensors(one, other):
+    one, other = tensors(one), tensors(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def source(tiny_models):
+    return tiny_models("llama", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def unbroken(source, tmp_path_factory):
+    return quantize(source, tmp_path_factory.mktemp("unbroken") / "out")
+
+
+@pytest.mark.parametrize(
+    ("moment", "finished"),
+    [
+        ("before the first layer counts", 0),
+        ("before the second layer counts", 1),
+        ("after the second layer", 2),
+        ("while saving", LAYERS),
+        ("before it is renamed", LAYERS),
+        ("before it is tidied up", LAYERS),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(source, unbroken, tmp_path, moment, finished):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").touch()
+    start_killed(source, output, moment)
+    state = tmp_path / ".out.run"
+    progress = state / "progress.json"
+    layers = json.loads(progress.read_text())["layers"] if progress.exists() else []
+    assert len(layers) == finished
+    calibrated = []
+    with pytest.MonkeyPatch.context() as patched:
+        original = LayerKeeper.keep
+        patched.setattr(
+            LayerKeeper,
+            "keep",
+            lambda self, layer: (calibrated.append(self.finished), original(self, layer)),
+        )
+        quantize(source, output, resume=True, overwrite=True)
+    assert calibrated == list(range(finished, LAYERS)), "finished layers are not done again"
+    same_tensors(output, unbroken)
+    assert left_over(tmp_path) == ["out"] and not (output / "old").exists()
+    records = [json.loads((folder / "maca_run.json").read_text()) for folder in (output, unbroken)]
+    assert records[0]["modules"] == records[1]["modules"]
+    diagonals = [(folder / "maca_diagonals.json").read_text() for folder in (output, unbroken)]
+    assert diagonals[0] == diagonals[1]
+
+
+class StopError(Exception):
+    """Ends a run after a layer, as a kill would."""
+
+
+def interrupt_after(monkeypatch, layers):
+    original = LayerKeeper.keep
+
+    def keep(self, layer):
+        original(self, layer)
+        if self.finished == layers:
+            raise StopError
+
+    monkeypatch.setattr(LayerKeeper, "keep", keep)
+
+
+@pytest.fixture
+def killed(source, tmp_path, monkeypatch):
+    """The output of a run that ended after its first layer."""
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 1)
+        with pytest.raises(StopError):
+            quantize(source, tmp_path / "out")
+    return tmp_path / "out"
+
+
+RECIPE = "a_stage: {b_modifiers: {%s: {%s, ignore: [lm_head]}}}"
+WEIGHTS = "config_groups: {g: {targets: [Linear], weights: {%s}%s}}"
+RECIPES = {
+    "weight ordering": (
+        "MaCaModifier",
+        WEIGHTS % ("num_bits: 4, strategy: group, group_size: 32, actorder: weight", ""),
+    ),
+    "asymmetric": (
+        "MaCaModifier",
+        WEIGHTS % ("num_bits: 3, strategy: group, group_size: 32, symmetric: false", ""),
+    ),
+    "static activations": (
+        "MaCaModifier",
+        WEIGHTS
+        % (
+            "num_bits: 8, strategy: channel",
+            ", input_activations: {num_bits: 8, strategy: tensor, dynamic: false}",
+        ),
+    ),
+    "nested": ("MaCaModifier", "scheme: W8A8, nested_scales: [4, 8]"),
+    "stock GPTQ": ("GPTQModifier", "scheme: W8A8"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_kind_of_layer_is_restored(source, tmp_path, monkeypatch, name):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE % RECIPES[name])
+    unbroken = quantize(source, tmp_path / "unbroken", recipe)
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 2)
+        with pytest.raises(StopError):
+            quantize(source, tmp_path / "out", recipe)
+    same_tensors(quantize(source, tmp_path / "out", recipe, resume=True), unbroken)
+
+
+def test_experts_are_restored(tiny_models, tmp_path, monkeypatch):
+    source = tiny_models("qwen3_moe", moe_intermediate_size=64)
+    unbroken = quantize(source, tmp_path / "unbroken")
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 1)
+        with pytest.raises(StopError):
+            quantize(source, tmp_path / "out")
+    same_tensors(quantize(source, tmp_path / "out", resume=True), unbroken)
+
+
+def test_hidden_states_on_disk_change_nothing(source, unbroken, tmp_path, monkeypatch):
+    spilled = []
+    original = quantize_run.HiddenStates.put
+
+    def put(self, index, hidden):
+        original(self, index, hidden)
+        spilled.append(self.spilled_bytes)
+
+    monkeypatch.setattr(quantize_run.HiddenStates, "put", put)
+    same_tensors(quantize(source, tmp_path / "out", cache_gb=0), unbroken)
+    assert all(spilled) and left_over(tmp_path) == ["out"]
+
+
+def test_without_resume_a_killed_run_is_in_the_way_and_says_what_to_do(source, killed, unbroken):
+    with pytest.raises(UserError, match=r"holds 1 finished layers .*--resume, or .*--overwrite"):
+        quantize(source, killed)
+    same_tensors(quantize(source, killed, overwrite=True), unbroken)
+    assert left_over(killed.parent) == ["out"]
+
+
+def test_nothing_to_resume_is_a_run_from_the_start(source, unbroken, tmp_path):
+    same_tensors(quantize(source, tmp_path / "out", resume=True), unbroken)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    {
+        "data": ({"seed": 5}, "data was"),
+        "scales": ({"scales": [8, 32]}, "data was"),
+        "batches": ({"batch_tokens": 8}, "batch tokens was 2048 and is 8 now"),
+        "recipe": ({"recipe": ROOT / "recipes" / "w8a8.maca.yaml"}, "recipe was"),
+    }.values(),
+    ids=["data", "scales", "batches", "recipe"],
+)
+def test_another_run_is_refused_and_the_difference_named(source, killed, change, named):
+    with pytest.raises(UserError, match=f"cannot resume: {named}"):
+        quantize(source, killed, **change, resume=True)
+
+
+def test_another_model_is_refused(tiny_models, killed):
+    with pytest.raises(UserError, match=r"cannot resume: (model|weights) was"):
+        quantize(tiny_models("llama", **SHAPE, rms_norm_eps=1e-4), killed, resume=True)
+
+
+def test_other_versions_and_threads_are_refused(source, killed, monkeypatch):
+    identity = json.loads((killed.parent / ".out.run" / "identity.json").read_text())
+    for key in ("torch version", "threads", "device", "processor"):
+        assert key in identity
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(UserError, match="cannot resume: threads was 1 and is 2 now"):
+            quantize(source, killed, resume=True)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_damaged_layer_is_refused(source, killed):
+    path = killed.parent / ".out.run" / "layer-0000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"layer-0000\.safetensors is damaged: start anew"):
+        quantize(source, killed, resume=True)
+
+
+def test_damaged_progress_is_refused(source, killed):
+    path = killed.parent / ".out.run" / "progress.json"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(UserError, match=r"progress\.json is damaged: start anew"):
+        quantize(source, killed, resume=True)
+
+
+def test_two_runs_at_once_are_refused(source, tmp_path):
+    state = RunState(tmp_path / "out", {"model": "other"})
+    try:
+        with pytest.raises(UserError, match=r"another run is writing .*out"):
+            quantize(source, tmp_path / "out")
+    finally:
+        state.close(keep=False)
+    assert left_over(tmp_path) == []
+
+
+def test_a_full_disk_is_named_and_what_was_finished_stays(source, tmp_path, monkeypatch, unbroken):
+    with monkeypatch.context() as patched:
+        original = RunState.save_layer
+
+        def full(self, tensors, content):
+            if self.finished == 2:
+                raise OSError(28, "No space left on device")
+            original(self, tensors, content)
+
+        patched.setattr(RunState, "save_layer", full)
+        with pytest.raises(UserError, match=r"no space left on the disk .*--resume"):
+            quantize(source, tmp_path / "out")
+    same_tensors(quantize(source, tmp_path / "out", resume=True), unbroken)
+
+
+def test_memory_that_runs_out_is_named(source, tmp_path, monkeypatch):
+    def large(*args):
+        torch.empty(10**15)
+
+    monkeypatch.setattr(LayerKeeper, "keep", large)
+    expected = r"out of memory \(asked for 4000000000000000 bytes more\): lower --batch-tokens"
+    with pytest.raises(UserError, match=expected):
+        quantize(source, tmp_path / "out")
