@@ -4,7 +4,7 @@
 >>> from llmcompressor import oneshot
 >>> oneshot(model=..., dataset=..., recipe="recipes/w4a16-g128.maca.yaml")
 
-``quantize`` and ``evaluate`` are the commands as Python calls.
+``quantize``, ``plan`` and ``evaluate`` are the commands as Python calls.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["MaCaModifier", "build_calibration_set", "evaluate", "quantize"]
+__all__ = ["MaCaModifier", "build_calibration_set", "evaluate", "plan", "quantize"]
 
 MISSING = (
     "maca-llmc needs llmcompressor==0.14.0.1, which is not installed here (it and vLLM need "
@@ -32,6 +32,7 @@ if find_spec("llmcompressor") is not None:
     from maca_llmc.data import build_calibration_set
     from maca_llmc.evaluation import evaluate
     from maca_llmc.modifier import MaCaModifier
+    from maca_llmc.planning import plan
     from maca_llmc.quantize_run import quantize
 
 else:

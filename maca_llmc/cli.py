@@ -12,6 +12,8 @@ from rich.table import Table
 import maca_llmc
 from maca_llmc import defaults
 from maca_llmc.errors import UserError
+from maca_llmc.plan_table import print_plan
+from maca_llmc.signatures import same_parameters_as
 
 app = typer.Typer(
     add_completion=False,
@@ -130,6 +132,14 @@ def quantize(
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     console.print(f"wrote {folder} ({size:.0f} MB)", highlight=False, soft_wrap=True)
     console.print(CHECKPOINT_NEXT.format(folder=folder), highlight=False, soft_wrap=True)
+
+
+@app.command("plan")
+@same_parameters_as(quantize)
+def plan_run(**flags: Any) -> None:
+    """What quantize would do with the same flags, and what it would take; loads no weights."""
+    flags["scales"] = _numbers(flags["scales"], "--scales")
+    print_plan(maca_llmc.plan(flags.pop("output"), **flags))
 
 
 @app.command()

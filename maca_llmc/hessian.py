@@ -8,7 +8,7 @@ import torch
 GPTQ_FACTOR = 2.0
 """GPTQ's H is that of the squared error, 2 X^T X (arXiv 2210.17323, equation 2)."""
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 2048
 """Rows held as a float32 copy at a time, on devices that multiply in float32."""
 
 TRIANGLE_BLOCK = {"cpu": 512, "cuda": 1024}
@@ -37,10 +37,7 @@ def add_rows(hessian: torch.Tensor, rows: torch.Tensor, weight: float) -> None:
 
 def mirror(hessian: torch.Tensor) -> None:
     """Copy the lower triangle to the upper one, in place."""
-    width = hessian.shape[0]
-    block = TRIANGLE_BLOCK.get(hessian.device.type, width)
-    for start in range(0, width, block):
-        stop = min(start + block, width)
+    for start, stop in _blocks(hessian):
         hessian[start:stop, stop:] = hessian[stop:, start:stop].t()
 
 
@@ -64,16 +61,22 @@ def fill_dead_columns(hessian: torch.Tensor) -> int:
     return count
 
 
+def _blocks(hessian: torch.Tensor) -> list[tuple[int, int]]:
+    """Where the blocks of columns start and stop; one block where several would not pay."""
+    width = hessian.shape[0]
+    block = TRIANGLE_BLOCK.get(hessian.device.type, width)
+    if width < 2 * block:
+        block = width
+    return [(start, min(start + block, width)) for start in range(0, width, block)]
+
+
 def _lower_blocks(
     hessian: torch.Tensor, rows: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Blocks of columns from the diagonal down, and the two factors of what is added to each."""
     if not (hessian.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)):
         rows = rows.to(hessian.dtype)
-    width = hessian.shape[0]
-    block = TRIANGLE_BLOCK.get(hessian.device.type, width)
-    for start in range(0, width, block):
-        stop = min(start + block, width)
+    for start, stop in _blocks(hessian):
         yield hessian[start:, start:stop], rows[:, start:].t(), rows[:, start:stop]
 
 

@@ -28,6 +28,7 @@ from compressed_tensors.utils import (
 )
 from compressed_tensors.utils.impl_backend import ImplBackend
 from llmcompressor.core import LifecycleCallbacks, active_session
+from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modeling.moe.conversion_mappings import has_linearize_load_mappings
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, load_quantizable_moe
@@ -73,6 +74,7 @@ __all__ = [
     "Recipe",
     "SequentialPipeline",
     "active_session",
+    "all_experts_on_meta",
     "broadcast_quantized",
     "calibration_forward",
     "computing_on",
@@ -124,6 +126,16 @@ def separate_experts(model: Any) -> Any:
         separate = LinearExperts2D.get_linear_experts_cls(fused)
         model.set_submodule(name, separate(getattr(experts, "config", model.config)))
     return model
+
+
+@contextmanager
+def all_experts_on_meta() -> Iterator[None]:
+    """While open, every token goes to every expert, as in calibration, also without values."""
+    with (
+        moe_calibration_context(),
+        patch_attr(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True),
+    ):
+        yield
 
 
 @contextmanager

@@ -60,27 +60,26 @@ def factorize(hessian: torch.Tensor, dampening: float, ordered: bool) -> Factor:
     tried = dampening
     while True:
         diagonal.copy_(undamped + tried * mean)
-        if _invert_and_factorize(work):
-            break
+        upper = _factor_of_inverse(work)
+        if upper is not None:
+            return Factor(upper, order, dead if bool(dead.any()) else None, tried)
         if tried >= DAMPENING_LIMIT:
             raise NotPositiveDefiniteError(f"not positive definite with dampening {tried:g}")
         tried = min((tried or LEAST_DAMPENING) * DAMPENING_STEP, DAMPENING_LIMIT)
-        work.copy_(hessian if order is None else hessian[order[:, None], order])
-    return Factor(work, order, dead if bool(dead.any()) else None, tried)
 
 
-def _invert_and_factorize(work: torch.Tensor) -> bool:
-    """Put the upper factor of the inverse in place; False when ``work`` is not positive definite.
+def _factor_of_inverse(matrix: torch.Tensor) -> torch.Tensor | None:
+    """Upper U with ``matrix^-1 = U^T U``; None when ``matrix`` is not positive definite.
 
     The three steps are llm-compressor's, in its order: another way would give other last bits.
     """
-    info = torch.empty((), dtype=torch.int32, device=work.device)
-    torch.linalg.cholesky_ex(work, check_errors=False, out=(work, info))
+    lower, info = torch.linalg.cholesky_ex(matrix)
     if info.item() != 0:
-        return False
-    torch.cholesky_inverse(work, out=work)
-    torch.linalg.cholesky_ex(work, upper=True, check_errors=False, out=(work, info))
-    return info.item() == 0
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+    return upper if info.item() == 0 else None
 
 
 def sweep(

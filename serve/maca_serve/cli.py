@@ -177,6 +177,42 @@ def compare(
     _say(f"report:  {output / comparison.REPORT}")
 
 
+@app.command()
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Checkpoint folder.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Compute capability, e.g. 90; this machine by default.")
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    shapes: Annotated[
+        Path | None,
+        typer.Option(help='JSON {"config", "layers": {"name": [out, in]}} in place of DIR.'),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
+) -> None:
+    """Check a checkpoint without loading it: tensors, kernels, fallbacks; 1: would not load."""
+    from maca_serve.doctor import diagnose, diagnose_shapes, view
+
+    if folder is not None and shapes is None:
+        diagnosis = diagnose(folder, gpu=gpu, tensor_parallel=tp)
+    elif shapes is not None and folder is None:
+        diagnosis = diagnose_shapes(shapes, gpu=gpu, tensor_parallel=tp)
+    else:
+        raise UserError("give a checkpoint folder DIR or a file --shapes, one of them")
+    if as_json:
+        typer.echo(json.dumps(diagnosis, indent=1))
+    else:
+        for line in view.lines(diagnosis):
+            _say(line)
+        out.print(view.layer_table(diagnosis))
+        for line in view.endings(diagnosis):
+            _say(line)
+    if diagnosis["verdict"] == "does not load":
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line: 0 on success, 2 on a user's error, 130 on Ctrl-C."""
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -69,15 +69,16 @@ def read_integers(tensor: Tensor) -> tuple[int, ...]:
 def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = set(weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: no readable weight_map ({error}); download it again") from error
-    for file in set(weight_map.values()):
+    for file in files:
         path = index.parent / file
         if Path(file).name != file:
             raise UserError(f"{index}: names {file}, which is not a file of this folder")
         if not path.is_file():
             raise UserError(f"{path}: missing, and {INDEX} names it; download it again")
-    return weight_map  # type: ignore[no-any-return]
+    return dict(weight_map)
 
 
 def _read_files(files: list[Path]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ def scheme_finder(quantization: dict[str, Any]) -> SchemeOf | None:
     try:
         if method == "compressed-tensors":
             return _compressed_tensors(quantization)
-        if method in ("gptq", "awq", "auto-round"):
+        if method in ("gptq", "awq") or (method == "auto-round" and _is_integer(quantization)):
             return _one_scheme(method, quantization)
     except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         raise UserError(
@@ -41,19 +41,15 @@ def _compressed_tensors(quantization: dict[str, Any]) -> SchemeOf:
         if group.get("weights")
     ]
 
+    # A name or an expression is meant before a class of modules, as in vLLM.
+    named = [(target, scheme) for targets, scheme in groups for target in targets]
+    general = [scheme for target, scheme in named if _is_class(target)]
+
     def find(module: str) -> Scheme | None:
         if any(_matches(pattern, module) for pattern in ignored):
             return None
-        for exact in (True, False):
-            for targets, scheme in groups:
-                # A name or an expression is meant before a class of modules.
-                if any(
-                    _matches(target, module) for target in targets if _is_class(target) != exact
-                ):
-                    return scheme
-                if not exact and any(_is_class(target) for target in targets):
-                    return scheme
-        return None
+        found = (scheme for target, scheme in named if _matches(target, module))
+        return next(found, general[0] if general else None)
 
     return find
 
@@ -106,6 +102,12 @@ def _one_scheme(method: str, quantization: dict[str, Any]) -> SchemeOf:
 
     find("")  # so that a config without bits is refused before any module is asked for
     return find
+
+
+def _is_integer(quantization: dict[str, Any]) -> bool:
+    """Whether AutoRound packed integers, in AutoGPTQ's or AutoAWQ's way."""
+    packing = quantization.get("packing_format") or "auto_round:auto_gptq"
+    return packing in ("auto_round:auto_gptq", "auto_round:auto_awq")
 
 
 def _rules(quantization: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None]]:

@@ -1,0 +1,106 @@
+"""Which vLLM kernels would run a checkpoint: asked of the serve environment, which has vLLM."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from compressed_tensors.compressors.format import infer_module_format
+from torch import nn
+
+from maca_llmc.prepare import Run
+
+USUAL_GPUS = {"80": "A100", "89": "L40S, RTX 4090", "90": "H100", "120": "RTX 5090"}
+"""Compute capabilities, and cards that have them."""
+
+AT_ONCE = 2
+TIMEOUT = 300
+
+
+def ask_kernels(run: Run) -> list[dict[str, Any]]:
+    """The kernels that vLLM would choose here and on the usual GPUs.
+
+    :return: per target its ``target``, ``verdict`` (``loads`` or what is wrong) and ``kernels``
+        (how many layers each would run); or ``unknown`` with the reason
+    """
+    doctor = find_doctor()
+    if doctor is None:
+        return [
+            {
+                "target": "any",
+                "unknown": "no serve environment: run `make setup`, or put maca-serve on the PATH",
+            }
+        ]
+    with tempfile.TemporaryDirectory() as folder:
+        shapes = Path(folder) / "shapes.json"
+        shapes.write_text(json.dumps(checkpoint_to_be(run)), encoding="utf-8")
+        targets = [("this machine", []), *_cards()]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda target: _ask(doctor, shapes, *target), targets))
+
+
+def find_doctor() -> Path | None:
+    """``maca-serve`` on the PATH, or in the checkout's serve environment beside this one."""
+    beside = Path(sys.prefix).parent / ".venv-serve" / "bin" / "maca-serve"
+    found = shutil.which("maca-serve")
+    return Path(found) if found else beside if beside.is_file() else None
+
+
+def checkpoint_to_be(run: Run) -> dict[str, Any]:
+    """The configuration that the checkpoint would have, and the shapes of its Linears."""
+    resolved = run.modifier.resolved_config.model_copy(deep=True)
+    formats = set()
+    for scheme in resolved.config_groups.values():
+        scheme.format = scheme.format or infer_module_format(nn.Linear, scheme)
+        formats.add(scheme.format)
+        if run.container and scheme.weights.num_bits < run.container:
+            scheme.weights.num_bits = run.container
+    quantization = json.loads(resolved.model_dump_json()) | {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "ignore": list(run.modifier.ignore),
+    }
+    layers = {
+        name: [module.out_features, module.in_features]
+        for name, module in run.shapes.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    config = json.loads(run.config.to_json_string(use_diff=False))
+    return {"config": config | {"quantization_config": quantization}, "layers": layers}
+
+
+def _cards() -> list[tuple[str, list[str]]]:
+    return [
+        (f"compute capability {int(capability) / 10:.1f} ({cards})", ["--gpu", capability])
+        for capability, cards in USUAL_GPUS.items()
+    ]
+
+
+def _ask(doctor: Path, shapes: Path, target: str, words: list[str]) -> dict[str, Any]:
+    command = [str(doctor), "doctor", "--shapes", str(shapes), "--json", *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return {"target": target, "unknown": f"no answer within {TIMEOUT} s"}
+    except ValueError:
+        said = done.stderr.strip().splitlines()
+        return {"target": target, "unknown": said[-1] if said else "maca-serve doctor said nothing"}
+    kernels: Counter[str] = Counter()
+    for layer in answer["layers"]:
+        if layer["quantized"]:
+            kernels[_kernel(layer)] += layer["count"]
+    return {"target": target, "verdict": answer["verdict"], "kernels": dict(kernels)}
+
+
+def _kernel(layer: dict[str, Any]) -> str:
+    chosen, better = layer["kernel"] or "none", layer["with_packages"]
+    if not better:
+        return chosen
+    return f"{chosen}, or {better['kernel']} with {' and '.join(better['needs'])}"

@@ -1,0 +1,247 @@
+"""What a quantize run would do and cost, found without loading weights."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from compressed_tensors.quantization import QuantizationStrategy
+
+from maca_llmc.containers import CONTAINER_BITS
+from maca_llmc.data.calibration import batches_of_equal_length
+from maca_llmc.distinct_inputs import distinct_inputs, forward_flops
+from maca_llmc.hessian import ROWS_AT_ONCE
+from maca_llmc.kernels import ask_kernels
+from maca_llmc.llmcompressor_api import ROWS_PER_STACK, decoder_layers
+from maca_llmc.prepare import Run, prepare
+from maca_llmc.probe import (
+    Speeds,
+    factorize_flops,
+    hessian_flops,
+    probe,
+    sweep_flops,
+)
+from maca_llmc.progress import quiet
+from maca_llmc.schemes import describe_scheme, linear_widths
+from maca_llmc.signatures import same_parameters_as
+
+PASSES = 2
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Solve:
+    """One distinct input: its width, and the rows of all modules that share it."""
+
+    layer: int
+    width: int
+    rows: int
+
+
+@same_parameters_as(prepare)
+def plan(output: str | Path, **options: Any) -> dict[str, Any]:
+    """What :func:`maca_llmc.quantize` would do with the same arguments, and what it would take.
+
+    Weights are not loaded; speeds are tried for a few seconds. Sizes are in bytes, times in
+    seconds, and both are estimates.
+
+    :return: JSON-able: ``modules`` per scheme, ``unquantized`` with reasons, ``hessians``,
+        ``calibration``, ``flops``, ``seconds``, ``memory``, ``checkpoint_bytes``, ``state_bytes``,
+        ``kernels``
+    :raises UserError: when the run could not work, as ``quantize`` would
+    """
+    with quiet():
+        run = prepare(output, **options)
+        solves = find_solves(run)
+        flops = count_flops(run, solves)
+        speeds = probe(run.config, max(solve.width for solve in solves), run.device)
+        return {
+            "modules": quantized_modules(run),
+            "unquantized": unquantized_modules(run),
+            "hessians": {
+                "modules": len(targeted(run)),
+                "distinct": len(solves),
+                "largest_layer_bytes": max(layer_hessians(solves).values()),
+            },
+            "calibration": run.calibration.record(),
+            "flops": flops,
+            "seconds": estimate_seconds(flops, speeds),
+            "memory": estimate_memory(run, solves),
+            "checkpoint_bytes": checkpoint_bytes(run),
+            "state_bytes": state_bytes(run),
+            "kernels": ask_kernels(run),
+        }
+
+
+def targeted(run: Run) -> dict[str, int]:
+    """Input widths of the modules to quantize, by name."""
+    return linear_widths(run.shapes, run.modifier.resolved_targets, run.modifier.ignore)
+
+
+def schemes_of(run: Run) -> dict[str, Any]:
+    """The scheme of each module to quantize, by name; the first that targets it, as applied."""
+    found: dict[str, Any] = {}
+    for scheme in run.modifier.resolved_config.config_groups.values():
+        for name in linear_widths(run.shapes, scheme.targets, run.modifier.ignore):
+            found.setdefault(name, scheme)
+    return found
+
+
+def quantized_modules(run: Run) -> list[dict[str, Any]]:
+    """How many modules and parameters each scheme has."""
+    counts: dict[str, dict[str, Any]] = {}
+    for name, scheme in schemes_of(run).items():
+        entry = counts.setdefault(describe_scheme(scheme), {"modules": 0, "parameters": 0})
+        entry["modules"] += 1
+        entry["parameters"] += run.shapes.get_submodule(name).weight.numel()
+    return [{"scheme": scheme, **counts[scheme]} for scheme in counts]
+
+
+def unquantized_modules(run: Run) -> list[dict[str, Any]]:
+    """Linears and embeddings that stay as they are, by reason."""
+    quantized = schemes_of(run)
+    counts: dict[str, dict[str, Any]] = {}
+    for name, module in run.shapes.named_modules():
+        if name in quantized or not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            continue
+        why = _reason(run, name, module)
+        entry = counts.setdefault(why, {"modules": 0, "parameters": 0, "first": name})
+        entry["modules"] += 1
+        entry["parameters"] += module.weight.numel()
+    return [{"why": why, **counts[why]} for why in counts]
+
+
+def find_solves(run: Run) -> list[Solve]:
+    """Every distinct input of the modules to quantize."""
+    layer_of = {
+        module: index
+        for index, layer in enumerate(decoder_layers(run.shapes))
+        for module in layer.modules()
+    }
+    solves = []
+    for names in distinct_inputs(run.shapes, targeted(run)):
+        modules = [run.shapes.get_submodule(name) for name in names]
+        rows = sum(module.out_features for module in modules)
+        solves.append(Solve(layer_of.get(modules[0], -1), modules[0].in_features, rows))
+    return solves
+
+
+def count_flops(run: Run, solves: list[Solve]) -> dict[str, float]:
+    """FLOPs of each part of the run."""
+    linear, quadratic = forward_flops(run.shapes)
+    lengths = run.calibration.lengths
+    once = sum(linear * length + quadratic * length**2 for length in lengths)
+    layers = len(decoder_layers(run.shapes))
+    tokens = sum(lengths)
+    return {
+        "forward": once * (PASSES - 1 / layers),  # the last layer's output goes nowhere
+        "hessian": sum(hessian_flops(tokens, solve.width) for solve in solves),
+        "factorize": sum(factorize_flops(solve.width) for solve in solves),
+        "sweep": sum(sweep_flops(solve.rows, solve.width) for solve in solves),
+    }
+
+
+def estimate_seconds(flops: dict[str, float], speeds: Speeds) -> dict[str, float]:
+    """FLOPs over the speeds that were tried."""
+    parts = {part: count / getattr(speeds, part) for part, count in flops.items()}
+    return {**parts, "total": sum(parts.values())}
+
+
+def layer_hessians(solves: list[Solve]) -> dict[int, int]:
+    """Bytes of the Hessians that a layer holds at once."""
+    held: dict[int, int] = {}
+    for solve in solves:
+        held[solve.layer] = held.get(solve.layer, 0) + FLOAT32 * solve.width**2
+    return held
+
+
+def estimate_memory(run: Run, solves: list[Solve]) -> dict[str, int]:
+    """Peaks of host and device memory, in bytes, and what they consist of."""
+    config = run.config.get_text_config()
+    size = (config.dtype or torch.bfloat16).itemsize
+    lengths = run.calibration.lengths
+    batch = max(
+        sum(lengths[index] for index in numbers)
+        for numbers in batches_of_equal_length(lengths, run.batch_tokens)
+    )
+    hidden = sum(lengths) * config.hidden_size * size
+    limit = psutil.virtual_memory().available // 2 if run.cache_bytes is None else run.cache_bytes
+    widest = max(solve.width for solve in solves)
+    activations = batch * (6 * config.hidden_size + 3 * widest) * size
+    activations += min(batch, ROWS_AT_ONCE) * widest * FLOAT32
+    working = max(activations, max(_solving(solve) for solve in solves))
+    layer = max(layer_hessians(solves).values()) + working
+    weights = _bytes(run.shapes)
+    host = psutil.Process().memory_info().rss + weights + min(hidden, limit)
+    largest = max(_bytes(module) for module in decoder_layers(run.shapes))
+    on_host = run.device.type == "cpu"
+    return {
+        "weights": weights,
+        "hidden_states": hidden,
+        "spilled": max(hidden - limit, 0),
+        "one_layer": layer,
+        "host": host + max(layer if on_host else largest, checkpoint_bytes(run)),
+        "device": 0 if on_host else largest + layer,
+    }
+
+
+def state_bytes(run: Run) -> int:
+    """What the finished layers take on disk until the end."""
+    return sum(_bytes(layer) for layer in decoder_layers(run.shapes))
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Codes, scales and zero points of what is quantized, and all the rest as it is."""
+    tied = bool(getattr(run.config.get_text_config(), "tie_word_embeddings", False))
+    head = run.shapes.get_output_embeddings()
+    total = 0
+    quantized = schemes_of(run)
+    for name, module in run.shapes.named_modules():
+        if name in quantized:
+            total += _packed_bytes(module, quantized[name].weights, run.container)
+        elif not (tied and module is head):
+            own = module.parameters(recurse=False)
+            total += sum(parameter.numel() * parameter.element_size() for parameter in own)
+    return total
+
+
+def _packed_bytes(module: Any, args: Any, container: int | None) -> int:
+    rows, width = module.weight.shape
+    bits = max(args.num_bits, container or 0) if args.num_bits < CONTAINER_BITS else args.num_bits
+    groups = {
+        QuantizationStrategy.GROUP: lambda: width // args.group_size,
+        QuantizationStrategy.TENSOR_GROUP: lambda: width // args.group_size,
+        QuantizationStrategy.CHANNEL: lambda: 1,
+    }
+    scales = rows * groups[args.strategy]() if args.strategy in groups else 1
+    codes = rows * math.ceil(width * bits / 32) * 4
+    zero_points = 0 if args.symmetric else math.ceil(scales * bits / 8)
+    bias = 0 if module.bias is None else rows
+    return codes + zero_points + (scales + bias) * module.weight.element_size()
+
+
+def _solving(solve: Solve) -> int:
+    """The Hessian's copy in order, its inverse and factor, and some copies of the rows at once."""
+    rows = min(solve.rows, ROWS_PER_STACK)
+    return FLOAT32 * (3 * solve.width**2 + 4 * rows * solve.width)
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _reason(run: Run, name: str, module: torch.nn.Module) -> str:
+    if isinstance(module, torch.nn.Embedding):
+        return "embeddings are looked up, not multiplied with"
+    for entry in run.modifier.ignore:
+        matches = (
+            re.match(entry[3:], name)
+            if entry.startswith("re:")
+            else entry in (name, type(module).__name__)
+        )
+        if matches:
+            return f"{entry!r} is in the recipe's ignore list"
+    return "no scheme of the recipe targets it"

@@ -1,0 +1,141 @@
+"""The doctor's answer: what a checkpoint is, what vLLM would run it with, and what to change."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from maca_serve.checkpoint import open_checkpoint
+from maca_serve.doctor import findings
+from maca_serve.doctor.asking import ask
+from maca_serve.doctor.checks import Contents, check, check_sizes
+from maca_serve.doctor.headers import read_headers
+from maca_serve.doctor.variants import variants
+from maca_serve.errors import UserError
+from maca_serve.scheme import describe_scheme
+
+Diagnosis = dict[str, Any]
+_CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)a?", re.IGNORECASE)
+
+
+def diagnose(folder: str | Path, *, gpu: str | None = None, tensor_parallel: int = 1) -> Diagnosis:
+    """Examine a checkpoint folder without loading weights.
+
+    Args:
+        folder: the checkpoint.
+        gpu: compute capability to ask about, `90`, `9.0` or `sm90`; this machine when None.
+        tensor_parallel: size of the tensor-parallel group.
+
+    Returns:
+        see `maca_serve.doctor.findings.describe`.
+
+    Raises:
+        UserError: no checkpoint, not quantized, unreadable files, or a target that is none.
+        EngineError: vLLM died over the question.
+    """
+    checkpoint = open_checkpoint(Path(folder))
+    quantization = _quantization(checkpoint.config, str(folder))
+    contents = check(read_headers(checkpoint.path), quantization)
+    return _diagnose(
+        str(folder), checkpoint.config, contents, gpu, tensor_parallel, checkpoint.scheme
+    )
+
+
+def diagnose_shapes(
+    file: str | Path, *, gpu: str | None = None, tensor_parallel: int = 1
+) -> Diagnosis:
+    """The same for a checkpoint that is only planned: kernels, without tensors to check.
+
+    Args:
+        file: JSON with `config`, a model config with `quantization_config`, and `layers`,
+            {module name: [output features, input features]}.
+        gpu: as `diagnose`.
+        tensor_parallel: as `diagnose`.
+
+    Raises:
+        UserError: as `diagnose`, or a file that is not such a JSON.
+    """
+    config, sizes = _read_shapes(Path(file))
+    quantization = _quantization(config, f"{file}: config")
+    contents = check_sizes(sizes, quantization)
+    return _diagnose(str(file), config, contents, gpu, tensor_parallel, describe_scheme(config))
+
+
+def parse_capability(text: str) -> int:
+    """Compute capability as an integer, 90 for `90`, `9.0`, `sm90` or `sm_90a`.
+
+    Raises:
+        UserError: not one.
+    """
+    match = _CAPABILITY.fullmatch(text.strip())
+    if match is None or int(match[1]) < 5:
+        raise UserError(
+            f"--gpu: {text!r} is no compute capability; give for instance 80 (A100), 89 (L40S,"
+            " RTX 4090), 90 (H100, H200), 100 (B200) or 120 (RTX 5090)"
+        )
+    return 10 * int(match[1]) + int(match[2])
+
+
+def _diagnose(
+    subject: str,
+    config: dict[str, Any],
+    contents: Contents,
+    gpu: str | None,
+    tensor_parallel: int,
+    scheme: str,
+) -> Diagnosis:
+    if tensor_parallel < 1:
+        raise UserError(f"--tp: {tensor_parallel} is not positive")
+    capability = parse_capability(gpu) if gpu is not None else None
+    quantization = config["quantization_config"]
+    answer = ask(
+        {
+            "config": config,
+            "sizes": contents.sizes,
+            "quantized": sorted(contents.quantized),
+            "capability": capability,
+            "tensor_parallel": tensor_parallel,
+            "variants": variants(quantization, tensor_parallel),
+        }
+    )
+    return findings.describe(subject, scheme, config, contents, answer)
+
+
+def _quantization(config: dict[str, Any], where: str) -> dict[str, Any]:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or not quantization:
+        raise UserError(
+            f"{where}: not quantized (no quantization_config in its config.json), so no low-bit"
+            " kernel is to be chosen; give a quantized checkpoint"
+        )
+    if not quantization.get("quant_method"):
+        raise UserError(
+            f"{where}: its quantization_config names no quant_method, by which vLLM tells formats"
+            " apart; write it again with its tool"
+        )
+    if not config.get("architectures"):
+        raise UserError(
+            f"{where}: names no architectures, by which vLLM finds its model class; add for"
+            ' instance "architectures": ["LlamaForCausalLM"]'
+        )
+    return quantization
+
+
+def _read_shapes(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from error
+    layers = value.get("layers") if isinstance(value, dict) else None
+    if not isinstance(layers, dict) or not layers or not isinstance(value.get("config"), dict):
+        raise UserError(
+            f'{file}: wants {{"config": {{...}}, "layers": {{"module": [out, in], ...}}}}'
+        )
+    for name, size in layers.items():
+        if not (isinstance(size, list) and len(size) == 2 and all(_is_width(n) for n in size)):
+            raise UserError(f"{file}: {name} is {size!r}, not [output features, input features]")
+    return value["config"], {name: (out, width) for name, (out, width) in layers.items()}
+
+
+def _is_width(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

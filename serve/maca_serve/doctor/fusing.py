@@ -1,0 +1,143 @@
+"""The layers that vLLM's model makes of a checkpoint's modules.
+
+Which modules are fused is what the model class says (`packed_modules_mapping`). How tensor
+parallelism splits a layer is not written down anywhere but in the model's code, as the class that
+it builds under a name (`RowParallelLinear(..., prefix=f"{prefix}.o_proj")`), so it is read there.
+"""
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+_NONE = "has no model class of its own for"
+MODELS = "vllm.model_executor.models."
+LINEARS = (
+    "QKVParallelLinear",
+    "MergedColumnParallelLinear",
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "ReplicatedLinear",
+    "ParallelLMHead",
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One of vLLM's layers.
+
+    Attributes:
+        name: its name in vLLM.
+        kind: the class that vLLM's model builds, None when its code does not say.
+        parts: names of the checkpoint's modules it is made of, in order.
+        outs: output features of each part.
+        width: input features.
+    """
+
+    name: str
+    kind: str | None
+    parts: tuple[str, ...]
+    outs: tuple[int, ...]
+    width: int
+
+
+def model_class(architectures: list[str]) -> Any:
+    """vLLM's class for a model.
+
+    Raises:
+        LookupError: vLLM has none of its own for these names.
+        Exception: it cannot be imported here, for want of a package.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    for name in architectures:
+        if name in ModelRegistry.models:
+            return ModelRegistry.models[name].load_model_cls()
+    names = ", ".join(architectures)
+    raise LookupError(f"vLLM {_NONE} {names}: it may run through its Transformers backend")
+
+
+def fuse(model: Any, sizes: dict[str, tuple[int, int]]) -> list[Layer]:
+    """The layers that the modules become, without those that are no linear layers.
+
+    Args:
+        model: vLLM's class for the model.
+        sizes: (output features, input features) of modules by the checkpoint's names.
+    """
+    kinds = linear_kinds(model)
+    fused = {
+        part: (whole, tuple(parts))
+        for whole, parts in (getattr(model, "packed_modules_mapping", None) or {}).items()
+        for part in parts
+    }
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    rename = mapper.get_rename_mapper().map_name if mapper is not None else str
+    layers: dict[str, dict[str, str]] = {}
+    for module in sizes:
+        parent, _, last = (rename(module) or module).rpartition(".")
+        whole, _ = fused.get(last, (last, ()))
+        name = f"{parent}.{whole}" if parent else whole
+        layers.setdefault(name, {})[last] = module
+    return [_layer(name, modules, kinds, fused, sizes) for name, modules in layers.items()]
+
+
+def _layer(
+    name: str,
+    modules: dict[str, str],
+    kinds: dict[str, str],
+    fused: dict[str, tuple[str, tuple[str, ...]]],
+    sizes: dict[str, tuple[int, int]],
+) -> Layer:
+    order = next((fused[last][1] for last in modules if last in fused), ())
+    parts = tuple(sorted(modules, key=lambda part: order.index(part) if part in order else 0))
+    names = tuple(modules[part] for part in parts)
+    outs = tuple(sizes[module][0] for module in names)
+    return Layer(name, kinds.get(name.rpartition(".")[2]), names, outs, sizes[names[0]][1])
+
+
+@cache
+def linear_kinds(model: Any) -> dict[str, str]:
+    """Class of linear layer by the last part of its name, as the model's code builds them.
+
+    The model's own module comes first, then those whose classes it borrows.
+    """
+    kinds: dict[str, str] = {}
+    for module in _modules(sys.modules[model.__module__]):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            kind, name = _built(node)
+            if kind in LINEARS and name:
+                kinds.setdefault(name, kind)
+    return kinds
+
+
+def _modules(module: ModuleType) -> Iterator[ModuleType]:
+    """The module, and vLLM's model modules that it takes classes from, each once."""
+    seen, queue = {module}, [module]
+    while queue:
+        current = queue.pop(0)
+        yield current
+        for value in vars(current).values():
+            name = value.__module__ if inspect.isclass(value) else ""
+            if name.startswith(MODELS) and sys.modules[name] not in seen:
+                seen.add(sys.modules[name])
+                queue.append(sys.modules[name])
+
+
+def _built(node: ast.AST) -> tuple[str | None, str | None]:
+    """(class, last part of the name) of a call that builds a named layer."""
+    if not isinstance(node, ast.Call):
+        return None, None
+    kind = getattr(node.func, "id", getattr(node.func, "attr", None))
+    for keyword in node.keywords:
+        if keyword.arg == "prefix":
+            texts = [
+                constant.value
+                for constant in ast.walk(keyword.value)
+                if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+            ]
+            return kind, texts[-1].rpartition(".")[2] if texts else None
+    return kind, None

@@ -1,0 +1,293 @@
+"""The answer to one question about kernels; runs in the worker, where vLLM is imported."""
+
+import copy
+import inspect
+import re
+from typing import Any
+
+import torch
+
+from maca_serve.doctor.building import as_rank_of, build, share
+from maca_serve.doctor.fusing import Layer, fuse, model_class
+from maca_serve.doctor.simulation import Availability, assume_compiled, packages, simulate
+from maca_serve.doctor.trace import Recorder, kernels
+
+Answer = dict[str, Any]
+# A layer that every kernel's tiles divide: what is refused here is refused for the scheme.
+ROOMY = 8192
+_NUMBER = re.compile(r"\b\d+\b")
+_TORCH_OP = re.compile(r"torch\.ops\._C\.(\w+)")
+
+
+def answer(question: dict[str, Any]) -> Answer:
+    """See `maca_serve.doctor.worker`."""
+    import vllm
+    from vllm.model_executor.kernels import linear  # noqa: F401  (before the platform changes)
+    from vllm.platforms import current_platform
+
+    compiled = bool(current_platform.is_cuda())
+    here = _capability(current_platform)
+    wanted = question["capability"]
+    simulated = wanted is not None and wanted != here
+    # All that vLLM imports or computes once is done on the platform that it was built for.
+    chooser, unasked = None, None
+    try:
+        model = model_class(question["config"]["architectures"])
+        chooser = _Chooser(question, model)
+    except Exception as error:  # a class that does not import here may on the target
+        unasked = one_line(error)
+    if simulated:
+        simulate(wanted, compiled)
+        if not compiled:
+            assume_compiled(wanted)
+    target = {
+        "name": _target_name(current_platform),
+        "capability": _capability(current_platform),
+        "simulated": simulated,
+        "compiled_code_assumed": simulated and not compiled,
+        "tensor_parallel": question["tensor_parallel"],
+    }
+    found = {"refused": None} if chooser is None else chooser.answer(simulated)
+    return {"vllm": vllm.__version__, "target": target, "unasked": unasked, **found}
+
+
+def one_line(error: Exception) -> str:
+    """An exception as vLLM's log would show it, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+class _Chooser:
+    """Asks about all layers of one model."""
+
+    def __init__(self, question: dict[str, Any], model: Any) -> None:
+        from vllm.config import VllmConfig
+        from vllm.model_executor.layers.quantization import get_quantization_config
+
+        get_quantization_config("compressed-tensors")  # imports every method
+        self.engine = VllmConfig()
+        self.question = question
+        self.model = model
+        self.text = question["config"].get("text_config") or question["config"]
+        sizes = {name: (out, width) for name, (out, width) in question["sizes"].items()}
+        quantized = set(question["quantized"])
+        layers = [layer for layer in fuse(model, sizes) if not _is_expert(layer.name)]
+        # Modules that are neither stored quantized nor built as linear layers are embeddings,
+        # convolutions and routers of their own kind.
+        self.layers = [x for x in layers if x.kind or quantized & set(x.parts)]
+        # Layers of one shape and one place in their block differ by their number only.
+        by_look = {(_NUMBER.sub("*", x.name), x.outs, x.width): x for x in self.layers}
+        self.examples = list(by_look.values())
+
+    def answer(self, simulated: bool) -> Answer:
+        """Layers and variants on the platform as it is now."""
+        from vllm.platforms import current_platform
+
+        self.simulated = simulated
+        self.availability = Availability()
+        capability = _capability(current_platform)
+        self.recorder = Recorder(self.availability, capability, forgiving=simulated)
+        quantization = self.question["config"]["quantization_config"]
+        dtype = self._dtype()
+        refused = _refusal(quantization, self.question["config"], dtype)
+        if refused:
+            return {"refused": refused, "dtype": str(dtype).removeprefix("torch.")}
+        with packages(self.availability), self.recorder.recording():
+            tensor_parallel = self.question["tensor_parallel"]
+            layers = self._ask_all(self.layers, quantization, tensor_parallel, dtype)
+            variants = [self._variant(variant, dtype) for variant in self.question["variants"]]
+        return {
+            "refused": None,
+            "dtype": str(dtype).removeprefix("torch."),
+            "layers": layers,
+            "variants": variants,
+        }
+
+    def _variant(self, variant: dict[str, Any], dtype: torch.dtype) -> Answer:
+        quantization = variant["quantization_config"]
+        dtype = getattr(torch, variant["dtype"]) if variant["dtype"] else dtype
+        refused = _refusal(quantization, self.question["config"], dtype)
+        layers = []
+        if not refused:
+            tensor_parallel = variant["tensor_parallel"]
+            layers = self._ask_all(self.examples, quantization, tensor_parallel, dtype)
+        return {"change": variant["change"], "refused": refused, "layers": layers}
+
+    def _ask_all(
+        self, layers: list[Layer], quantization: Any, tensor_parallel: int, dtype: torch.dtype
+    ) -> list[Answer]:
+        self.ranks = tensor_parallel
+        with as_rank_of(self.engine, tensor_parallel, dtype):
+            return [self._ask(layer, quantization) for layer in layers]
+
+    def _ask(self, layer: Layer, quantization: Any) -> Answer:
+        plain = self._build(layer, quantization, pretend=False)
+        pretended = self._build(layer, quantization, pretend=True)
+        if plain["kernel"] is None and pretended["kernel"] is None:
+            # The packages would not help: what is wrong besides is the better reason.
+            plain["error"] = pretended["error"]
+        plain["refusals"] = _better_reasons(plain["refusals"], pretended["refusals"])
+        if plain["partition"] is None:
+            plain["partition"] = share(layer, self.ranks)
+        entry: Answer = {
+            "layer": layer.name,
+            "class": layer.kind,
+            "parts": list(layer.parts),
+            "outs": list(layer.outs),
+            "shape": [sum(layer.outs), layer.width],
+            **plain,
+        }
+        if pretended["kernel"] != plain["kernel"] and pretended["kernel"] is not None:
+            entry["with_packages"] = {"kernel": pretended["kernel"], "needs": pretended["needs"]}
+        if plain["quantized"] and plain["refusals"]:
+            roomy = Layer(layer.name, "ReplicatedLinear", layer.parts, (ROOMY,), ROOMY)
+            entry["roomy_kernel"] = self._build(roomy, quantization, pretend=False)["kernel"]
+        return entry
+
+    def _build(self, layer: Layer, quantization: Any, *, pretend: bool) -> Answer:
+        self.availability.pretend = pretend
+        trace = self.recorder.start()
+        built, error = None, None
+        try:
+            config = self._quant_config(quantization)
+            built = build(layer, self.text, config)
+        except Exception as problem:  # whatever vLLM raises is why it would not load
+            error = one_line(problem)
+        method = getattr(built, "quant_method", None)
+        scheme = getattr(built, "scheme", None) or method
+        quantized = built is None or not type(method).__name__.startswith("Unquantized")
+        kernel = _kernel_of(built) or trace.chosen
+        if error is not None or not quantized:
+            kernel = None
+        return {
+            "quantized": quantized,
+            "partition": _partition(built),
+            "scheme": type(scheme).__name__ if built is not None and quantized else None,
+            "kernel": kernel.__name__ if kernel else None,
+            "needs": trace.chosen_needs,
+            "refusals": [
+                {"kernel": name, "reason": reason, "needs": needs}
+                for name, reason, needs in trace.refused
+            ],
+            "error": error,
+            "missing_ops": [] if self.simulated or kernel is None else missing_ops(kernel),
+        }
+
+    def _quant_config(self, quantization: dict[str, Any]) -> Any:
+        from vllm.model_executor.layers.quantization import get_quantization_config
+        from vllm.model_executor.model_loader.utils import configure_quant_config
+
+        method = quant_method(quantization, self.question["config"])
+        config = get_quantization_config(method).from_config(copy.deepcopy(quantization))
+        configure_quant_config(config, self.model)
+        return config
+
+    def _dtype(self) -> torch.dtype:
+        """What vLLM would compute in: the model's dtype, or the platform's where that is none."""
+        from vllm.platforms import current_platform
+
+        name = self.text.get("dtype") or self.question["config"].get("dtype")
+        name = name or self.question["config"].get("torch_dtype") or "float32"
+        dtype = getattr(torch, str(name).removeprefix("torch."))
+        supported = current_platform.supported_dtypes
+        return dtype if dtype in supported and dtype != torch.float32 else supported[0]
+
+
+def _better_reasons(plain: list[Answer], pretended: list[Answer]) -> list[Answer]:
+    """A missing package is no reason where the kernel refuses with the package, too."""
+    with_package = {refusal["kernel"]: refusal for refusal in pretended}
+    return [
+        with_package.get(refusal["kernel"], refusal) | {"needs": []}
+        if refusal["needs"] and refusal["kernel"] in with_package
+        else refusal
+        for refusal in plain
+    ]
+
+
+def quant_method(quantization: dict[str, Any], config: dict[str, Any]) -> str:
+    """vLLM's name of the method, which may not be the one that the checkpoint says."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        get_quantization_config,
+    )
+
+    hf_config = SimpleNamespace(**config)
+    for name in ("auto_gptq", "auto_awq", "inc", "modelopt", "modelopt_fp4", "modelopt_mixed"):
+        override = get_quantization_config(name).override_quantization_method(
+            quantization, None, hf_config=hf_config
+        )
+        if override is not None:
+            return str(override)
+    method = str(quantization.get("quant_method"))
+    if method not in QUANTIZATION_METHODS:
+        raise ValueError(f"vLLM knows no quantization method {method!r}")
+    return method
+
+
+def _refusal(quantization: Any, config: dict[str, Any], dtype: torch.dtype) -> str | None:
+    """Why vLLM would refuse the config before it builds any layer, None when it would not."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.platforms import current_platform
+
+    try:
+        method = quant_method(quantization, config)
+        current_platform.verify_quantization(method)
+        parsed = get_quantization_config(method).from_config(copy.deepcopy(quantization))
+    except Exception as error:  # whatever it raises is the reason
+        return one_line(error)
+    capability = _capability(current_platform)
+    if capability is not None and capability < parsed.get_min_capability():
+        least = parsed.get_min_capability() / 10
+        return f"{method} needs compute capability {least}, the card has {capability / 10}"
+    if dtype not in parsed.get_supported_act_dtypes():
+        return f"{method} does not compute in {dtype}"
+    return None
+
+
+def missing_ops(kernel: type) -> list[str]:
+    """Compiled operators of a kernel when the build here has none of them, else nothing.
+
+    `can_implement` does not look: vLLM's AVX2 build accepts W4A16 and fails at the first token
+    (vLLM issue 55613). A kernel names several when it has several ways; one is enough.
+    """
+    from vllm import _custom_ops
+
+    source = inspect.getsource(kernel.apply_weights) if hasattr(kernel, "apply_weights") else ""
+    names = set()
+    for name in re.findall(r"\bops\.(\w+)\(", source):
+        function = getattr(_custom_ops, name, None)
+        if inspect.isfunction(function):
+            names |= set(_TORCH_OP.findall(inspect.getsource(function)))
+    missing = [name for name in names if not hasattr(torch.ops._C, name)]
+    return sorted(missing) if len(missing) == len(names) else []
+
+
+def _kernel_of(layer: Any) -> type | None:
+    """The kernel that a built layer holds, wherever its scheme keeps it."""
+    known = set(kernels())
+    for holder in (getattr(layer, "scheme", None), getattr(layer, "quant_method", None)):
+        for value in vars(holder).values() if holder is not None else ():
+            if type(value) in known:
+                return type(value)
+    return None
+
+
+def _partition(layer: Any) -> list[int] | None:
+    """[output features, input features] on one rank."""
+    out = getattr(layer, "output_size_per_partition", None)
+    width = getattr(layer, "input_size_per_partition", None)
+    return [out, width] if out is not None and width is not None else None
+
+
+def _is_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+def _capability(platform: Any) -> int | None:
+    capability = platform.get_device_capability()
+    return None if capability is None else int(capability.to_int())
+
+
+def _target_name(platform: Any) -> str:
+    return str(platform.get_device_name() or platform.device_name)

@@ -1,0 +1,155 @@
+"""vLLM's platform turned into a card that is not here; packages and compiled code that are not.
+
+Every module of vLLM holds the same platform object, so changing that object's class reaches all
+of them, also those that are imported already: importing vLLM's CUDA side without CUDA fails.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+# What vLLM's messages and `pip install` call the packages that its code looks for.
+PACKAGES = {
+    "humming": "humming-kernels",
+    "conch": "conch-triton-kernels",
+    "flashinfer": "flashinfer-python",
+    "deep_gemm": "deep-gemm",
+    "fbgemm_gpu": "fbgemm-gpu-genai",
+}
+
+
+# The only answers of vLLM's that stand in C++ (csrc/libtorch_stable/quantization, CUDA 12.8 and
+# newer): the least compute capability for which each says yes.
+COMPILED = {
+    "cutlass_scaled_mm_supports_fp8": 89,
+    "cutlass_scaled_mm_supports_block_fp8": 90,
+    "cutlass_scaled_mm_supports_fp4": 100,
+    "cutlass_group_gemm_supported": 90,
+}
+
+
+class Availability:
+    """Answers whether optional packages are there, and remembers who asked.
+
+    Attributes:
+        pretend: say yes for what is not installed.
+        missing: import names that were asked for since the last `clear` and are not installed.
+    """
+
+    def __init__(self) -> None:
+        self.pretend = False
+        self.missing: set[str] = set()
+
+    def clear(self) -> None:
+        """Forget what was asked for."""
+        self.missing = set()
+
+    def answer(self, name: str, installed: bool) -> bool:
+        """Whether to say that the package is there."""
+        if installed or name not in PACKAGES:
+            return installed
+        self.missing.add(name)
+        return self.pretend
+
+
+def simulate(capability: int, compiled: bool) -> None:
+    """Turn vLLM's platform into a CUDA card for the rest of this process.
+
+    Args:
+        capability: compute capability, 90 for 9.0.
+        compiled: whether the vLLM installed here is the CUDA build.
+    """
+    import vllm.platforms as platforms
+    from vllm.platforms.interface import DeviceCapability
+
+    here = platforms.current_platform
+    base = type(here) if compiled else _cuda_platform()
+
+    class SimulatedCard(base):  # type: ignore[misc, valid-type]
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> Any:
+            return DeviceCapability(*divmod(capability, 10))
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return f"a simulated card of compute capability {capability / 10}"
+
+        @classmethod
+        def has_device_capability(cls, wanted: Any, device_id: int = 0) -> bool:
+            number = wanted[0] * 10 + wanted[1] if isinstance(wanted, tuple) else int(wanted)
+            return capability >= number
+
+    here.__class__ = SimulatedCard
+
+
+def _cuda_platform() -> type:
+    """vLLM's CUDA platform class, in a build without its compiled part."""
+    name = "vllm._C_stable_libtorch"
+    with patch.dict(sys.modules, {name: ModuleType(name)}):
+        from vllm.platforms.cuda import CudaPlatformBase
+    return CudaPlatformBase
+
+
+def assume_compiled(capability: int) -> None:
+    """Answer for the compiled half of vLLM's CUDA build, where it is not installed.
+
+    Args:
+        capability: of the simulated card.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm import cutlass
+
+    answers = {name: _always(capability >= least) for name, least in COMPILED.items()}
+    holders = [module for name, module in sys.modules.items() if name.startswith("vllm.")]
+    for module in holders:
+        for name, function in answers.items():
+            if name in vars(module):
+                setattr(module, name, function)
+    # Computed while vLLM was imported, on the platform before.
+    cutlass.CUTLASS_BLOCK_FP8_SUPPORTED = answers["cutlass_scaled_mm_supports_block_fp8"](0)
+
+
+def _always(value: bool) -> Callable[[int], bool]:
+    return lambda capability: value
+
+
+@contextmanager
+def packages(availability: Availability) -> Iterator[None]:
+    """Let `availability` answer for vLLM's kernels inside the block."""
+    from vllm.utils import flashinfer, import_utils
+
+    has_module, find_spec = import_utils._has_module, import_utils.importlib.util.find_spec
+
+    def has(name: str) -> bool:
+        return availability.answer(name, has_module(name))
+
+    def find(name: str, package: str | None = None) -> Any:
+        spec = find_spec(name, package)
+        return spec or (True if availability.answer(name, False) else None)
+
+    def has_flashinfer() -> bool:
+        return availability.answer("flashinfer", flashinfer.has_flashinfer.__wrapped__())
+
+    holders = [module for name, module in sys.modules.items() if name.startswith("vllm.")]
+    with patch.object(import_utils, "_has_module", has):
+        patches = _patches(holders, {"find_spec": find, "has_flashinfer": has_flashinfer})
+        for one in patches:
+            one.start()
+        try:
+            yield
+        finally:
+            for one in patches:
+                one.stop()
+
+
+def _patches(holders: list[ModuleType], names: dict[str, Callable[..., Any]]) -> list[Any]:
+    """Patches of functions that vLLM's kernel modules imported by name."""
+    return [
+        patch.object(module, name, function)
+        for module in holders
+        if module.__name__.startswith("vllm.model_executor.kernels.linear")
+        for name, function in names.items()
+        if name in vars(module)
+    ]

@@ -1,0 +1,104 @@
+import json
+import sys
+
+import pytest
+from maca_serve.doctor import asking, diagnosis
+from maca_serve.errors import EngineError, UserError
+
+MODEL = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The question that vLLM would be asked."""
+    questions = []
+
+    def ask(question):
+        questions.append(question)
+        target = {"simulated": True, "tensor_parallel": question["tensor_parallel"]}
+        return {"vllm": "0", "target": target, "unasked": None, "refused": None}
+
+    monkeypatch.setattr(diagnosis, "ask", ask)
+    return questions
+
+
+def write(tmp_path, value):
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("80", 80), ("9.0", 90), ("sm90", 90), ("SM_90a", 90), ("12.0", 120), ("120", 120)],
+)
+def test_capabilities(text, number):
+    assert diagnosis.parse_capability(text) == number
+
+
+@pytest.mark.parametrize("text", ["9", "h100", "", "9.0.1", "1200", "-80"])
+def test_capabilities_that_are_none(text):
+    with pytest.raises(UserError, match=r"--gpu: .* is no compute capability; give"):
+        diagnosis.parse_capability(text)
+
+
+def test_question_about_shapes(tmp_path, asked):
+    config = {**MODEL, "quantization_config": {**GPTQ, "modules_to_not_convert": ["head"]}}
+    layers = {"model.up_proj": [128, 64], "lm_head": [100, 64]}
+    path = write(tmp_path, {"config": config, "layers": layers})
+    found = diagnosis.diagnose_shapes(path, gpu="9.0", tensor_parallel=2)
+    (question,) = asked
+    assert question["sizes"] == {"model.up_proj": (128, 64), "lm_head": (100, 64)}
+    assert question["quantized"] == ["model.up_proj"]
+    assert (question["capability"], question["tensor_parallel"]) == (90, 2)
+    assert found["verdict"] == "unknown", "no layer was answered for"
+    json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([], "wants"),
+        ({"config": {}}, "wants"),
+        ({"config": {}, "layers": {"a": [1]}}, r"a is \[1\], not \[output features"),
+        ({"config": {}, "layers": {"a": [1, 0]}}, r"a is \[1, 0\]"),
+        ({"config": MODEL, "layers": {"a": [1, 1]}}, "not quantized"),
+        (
+            {"config": {**MODEL, "quantization_config": {"bits": 4}}, "layers": {"a": [1, 1]}},
+            "names no quant_method",
+        ),
+        ({"config": {"quantization_config": GPTQ}, "layers": {"a": [1, 1]}}, "no architectures"),
+    ],
+)
+def test_shape_files_that_are_none(tmp_path, asked, value, says):
+    with pytest.raises(UserError, match=says):
+        diagnosis.diagnose_shapes(write(tmp_path, value))
+    assert asked == []
+
+
+def test_unquantized_folder(base):
+    with pytest.raises(UserError, match="base: not quantized"):
+        diagnosis.diagnose(base)
+
+
+def test_folder_with_weights_that_are_none(quantized):
+    with pytest.raises(UserError, match="not a safetensors file"):
+        diagnosis.diagnose(quantized)
+
+
+def test_ranks(tmp_path, asked):
+    config = {**MODEL, "quantization_config": GPTQ}
+    path = write(tmp_path, {"config": config, "layers": {"a": [64, 64]}})
+    with pytest.raises(UserError, match="--tp: 0 is not positive"):
+        diagnosis.diagnose_shapes(path, tensor_parallel=0)
+
+
+def test_a_worker_that_dies_is_reported_with_its_cause(monkeypatch, tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'ImportError: no CUDA here' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(asking, "require_vllm", lambda: "0")
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with pytest.raises(EngineError, match="could not be asked: ImportError: no CUDA here"):
+        asking.ask({})

@@ -1,0 +1,213 @@
+"""What is made of vLLM's answers, which are written out here."""
+
+import pytest
+from maca_serve.doctor.checks import Contents, Problem
+from maca_serve.doctor.findings import describe
+
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": True}
+GROUP = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_attention_heads": 9,
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"a": GROUP},
+    },
+}
+
+
+def entry(layer="model.layers.0.o_proj", **changes):
+    return {
+        "layer": layer,
+        "class": "RowParallelLinear",
+        "parts": [layer],
+        "outs": [576],
+        "shape": [576, 576],
+        "partition": [576, 576],
+        "quantized": True,
+        "scheme": "CompressedTensorsWNA16",
+        "kernel": "MarlinLinearKernel",
+        "needs": [],
+        "refusals": [],
+        "error": None,
+        "missing_ops": [],
+        **changes,
+    }
+
+
+def refusal(kernel, reason="no", needs=()):
+    return {"kernel": kernel, "reason": reason, "needs": list(needs)}
+
+
+NO_KERNEL = {
+    "kernel": None,
+    "error": "ValueError: Failed to find a kernel. Reasons: many",
+    "refusals": [refusal("A"), refusal("HummingLinearKernel", "not installed", ["humming"])],
+}
+HUMMING = {"with_packages": {"kernel": "HummingLinearKernel", "needs": ["humming"]}}
+
+
+def answer(*layers, simulated=True, ranks=1, variants=(), refused=None, unasked=None):
+    target = {"name": "x", "capability": 80, "simulated": simulated, "tensor_parallel": ranks}
+    return {
+        "vllm": "0",
+        "target": target,
+        "unasked": unasked,
+        "refused": refused,
+        "dtype": "bfloat16",
+        "layers": list(layers),
+        "variants": list(variants),
+    }
+
+
+def diagnose(*layers, problems=(), config=CONFIG, quantized=None, **options):
+    names = {part for layer in layers for part in layer["parts"]}
+    contents = Contents({}, names if quantized is None else quantized, list(problems))
+    return describe("dir", "W4A16", config, contents, answer(*layers, **options))
+
+
+def whats(diagnosis):
+    return [problem["what"] for problem in diagnosis["problems"]]
+
+
+def test_it_loads():
+    diagnosis = diagnose(entry(), entry("model.layers.1.o_proj"))
+    assert diagnosis["verdict"] == "loads"
+    assert diagnosis["problems"] == diagnosis["changes"] == []
+    (group,) = diagnosis["layers"]
+    assert (group["layer"], group["count"]) == ("model.layers.*.o_proj", 2)
+
+
+def test_errors_that_name_their_layer_are_one():
+    names = [f"model.layers.{n}.o_proj" for n in range(2)]
+    errors = [f"ValueError: 288 for layer '{name}' is not divisible by 64" for name in names]
+    layers = [entry(n, kernel=None, error=e) for n, e in zip(names, errors, strict=True)]
+    diagnosis = diagnose(*layers)
+    assert diagnosis["layers"][0]["count"] == diagnosis["problems"][0]["count"] == 2
+    assert whats(diagnosis) == ["ValueError: 288 is not divisible by 64"]
+
+
+def test_layers_that_look_different_stay_apart():
+    diagnosis = diagnose(entry(), entry("model.layers.1.o_proj", kernel="MacheteLinearKernel"))
+    assert [group["count"] for group in diagnosis["layers"]] == [1, 1]
+
+
+def test_no_kernel():
+    diagnosis = diagnose(entry(**NO_KERNEL))
+    assert diagnosis["verdict"] == "does not load"
+    assert whats(diagnosis) == ["ValueError: Failed to find a kernel."]
+    assert "no change that was tried helps" in diagnosis["problems"][0]["cure"]
+
+
+def test_missing_package_is_a_condition_elsewhere_and_an_error_here():
+    elsewhere = diagnose(entry(**NO_KERNEL, **HUMMING))
+    assert elsewhere["verdict"] == "conditional"
+    assert elsewhere["problems"][0]["severity"] == "warning"
+    here = diagnose(entry(**NO_KERNEL, **HUMMING), simulated=False)
+    assert here["verdict"] == "does not load"
+    assert here["problems"][0]["cure"] == "pip install humming-kernels"
+
+
+def test_fallback_names_both_kernels_and_the_reason():
+    refusals = [refusal("MacheteLinearKernel", "must be divisible by 128")]
+    diagnosis = diagnose(entry(refusals=refusals, roomy_kernel="MacheteLinearKernel"))
+    assert diagnosis["verdict"] == "loads"
+    assert whats(diagnosis) == [
+        "falls back from MacheteLinearKernel to MarlinLinearKernel: must be divisible by 128"
+    ]
+    assert diagnosis["layers"][0]["falls_back_from"] == "MacheteLinearKernel"
+
+
+def test_changes_that_help_all_layers_and_those_that_do_not():
+    two = [entry(**NO_KERNEL), entry("model.layers.0.up_proj", refusals=[refusal("A")])]
+    first, second = entry(), entry("model.layers.0.up_proj", refusals=[refusal("A")])
+    worse = entry("model.layers.0.up_proj", refusals=[refusal("A"), refusal("B")])
+    still = entry(**NO_KERNEL)
+    variants = [
+        {"change": "good", "refused": None, "layers": [first, second]},
+        {"change": "worse for one", "refused": None, "layers": [first, worse]},
+        {"change": "one without", "refused": None, "layers": [still, entry(second["layer"])]},
+        {"change": "refused", "refused": "why", "layers": []},
+    ]
+    diagnosis = diagnose(*two, variants=variants)
+    assert diagnosis["changes"] == [{"change": "good", "kernels": ["MarlinLinearKernel"]}]
+    assert diagnosis["problems"][0]["cure"] == "make one of the changes below"
+
+
+def test_no_changes_where_nothing_is_wrong():
+    better = entry()
+    variants = [{"change": "x", "refused": None, "layers": [better]}]
+    assert diagnose(entry(refusals=[refusal("A")]), variants=variants)["changes"] == []
+
+
+def test_heads_and_ranks():
+    diagnosis = diagnose(entry(), ranks=2)
+    assert diagnosis["verdict"] == "does not load"
+    assert "9 attention heads cannot be shared by 2" in whats(diagnosis)[0]
+    assert diagnosis["problems"][0]["cure"] == "use a tensor-parallel size of 1, 3, 9"
+
+
+def test_missing_operators_of_the_build():
+    diagnosis = diagnose(entry(missing_ops=["cpu_gemm_wna16"]), simulated=False)
+    assert diagnosis["verdict"] == "does not load"
+    assert "its build here lacks cpu_gemm_wna16" in whats(diagnosis)[0]
+
+
+def test_activations_left_at_16_bits():
+    inputs = {"num_bits": 8, "dynamic": True}
+    quantization = {**CONFIG["quantization_config"]}
+    quantization["config_groups"] = {"a": {**GROUP, "input_activations": inputs}}
+    config = {**CONFIG, "quantization_config": quantization}
+    diagnosis = diagnose(entry(scheme="CompressedTensorsW8A16Fp8"), config=config)
+    assert "activations stay at 16 bits" in whats(diagnosis)[0]
+
+
+def test_methods_with_code_of_their_own():
+    diagnosis = diagnose(entry(kernel=None, scheme="AutoAWQLinearMethod"))
+    assert diagnosis["verdict"] == "loads"
+    assert "runs on AutoAWQLinearMethod, which is none" in whats(diagnosis)[0]
+
+
+def test_tensors_and_config_that_disagree():
+    diagnosis = diagnose(entry(), quantized=set())
+    assert diagnosis["verdict"] == "does not load"
+    assert "as quantized here, and its tensors are otherwise" in whats(diagnosis)[0]
+
+
+def test_fused_modules_of_which_some_are_quantized():
+    fused = entry("m.gate_up_proj", parts=["m.gate_proj", "m.up_proj"])
+    diagnosis = diagnose(fused, quantized={"m.up_proj"})
+    assert "gate_up_proj fuses modules of which only some are quantized" in whats(diagnosis)[0]
+    assert diagnosis["problems"][0]["cure"] == "quantize all of gate_proj, up_proj alike, or none"
+
+
+def test_experts_were_not_asked():
+    diagnosis = diagnose(entry(), quantized={"model.layers.0.o_proj", "m.experts.0.up_proj"})
+    assert diagnosis["verdict"] == "unknown"
+    assert "were not asked" in whats(diagnosis)[0]
+
+
+@pytest.mark.parametrize(
+    ("unasked", "simulated", "verdict"),
+    [
+        ("ModuleNotFoundError: torchvision", True, "unknown"),
+        ("ModuleNotFoundError: torchvision", False, "does not load"),
+        ("LookupError: no model class", False, "unknown"),
+    ],
+)
+def test_models_that_cannot_be_asked_about(unasked, simulated, verdict):
+    assert diagnose(unasked=unasked, simulated=simulated)["verdict"] == verdict
+
+
+def test_refused_before_any_layer():
+    diagnosis = diagnose(refused="gptq needs compute capability 6.0")
+    assert diagnosis["verdict"] == "does not load"
+    assert whats(diagnosis) == ["gptq needs compute capability 6.0"]
+
+
+def test_wrong_tensors_outweigh_kernels_and_stand_first():
+    problems = [Problem("note", "n"), Problem("error", "wrong shape", "quantize again", ["m"])]
+    diagnosis = diagnose(entry(), problems=problems)
+    assert diagnosis["verdict"] == "does not load"
+    assert whats(diagnosis) == ["wrong shape", "n"]
