@@ -6,13 +6,17 @@ Two halves that meet in one JSON message. This side reads files and knows the fo
     layouts.py    the tensors that each storage format gives a module
     schemes.py    which quantization arguments a module has
     checks.py     tensors against scheme
+    straddling.py words that ranks or fusing would tear apart
+    traps.py      kernels that say yes and fail
     variants.py   what could be changed
-    diagnosis.py  puts the answers together; view.py shows them
+    findings.py   what it all means
+    diagnosis.py  from a folder or a file of shapes to the findings; view.py shows them
 
 The other half runs in a process of its own, because it turns vLLM's platform into another one and
 because vLLM prints to standard output:
 
-    worker.py     reads the question, writes the answer
+    worker.py     reads the question of asking.py, writes the answer
+    selection.py  asks about every layer
     simulation.py a card that is not here, and packages that are not here
     fusing.py     the layers that vLLM's model makes of the checkpoint's modules
     building.py   vLLM's own layer of one shape, without memory

@@ -7,6 +7,7 @@ from maca_serve.doctor.checks import Contents, Problem
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.doctor.simulation import PACKAGES
 from maca_serve.doctor.straddling import torn_words
+from maca_serve.doctor.traps import false_yes
 from maca_serve.machine import describe_machine
 
 Entry = dict[str, Any]
@@ -86,6 +87,8 @@ def _layer_problems(entry: Entry, config: dict[str, Any], answer: Entry) -> list
         what = f"vLLM would choose {entry['kernel']}, and its build here lacks {ops}"
         cure = f"serve it on a CPU with AVX-512; this one has {flags or 'no vector extensions'}"
         found.append(Problem("error", what, cure, name))
+    if trap := false_yes(entry["kernel"] or "", answer["target"]["capability"], entry["layer"]):
+        found.append(trap)
     if entry["falls_back_from"]:
         reason = _reason(entry, entry["falls_back_from"])
         what = f"falls back from {entry['falls_back_from']} to {entry['kernel']}: {reason}"

@@ -1,0 +1,27 @@
+"""Kernels that say yes to vLLM and then fail in their compiled code."""
+
+from maca_serve.doctor.checks import Problem
+
+# Kernel: (compute capability from which its compiled code refuses, what is known about it).
+# Python accepts int8 on Blackwell, C++ answers "Int8 not supported on SM120" at the first token.
+REFUSES_FROM = {"CutlassInt8ScaledMMLinearKernel": (100, "vLLM issue 54311")}
+
+
+def false_yes(kernel: str, capability: int | None, layer: str) -> Problem | None:
+    """The problem with a kernel that vLLM would choose in vain, None where there is none.
+
+    Args:
+        kernel: the kernel's class name.
+        capability: compute capability of the target; None for a CPU.
+        layer: where it would run.
+    """
+    least, source = REFUSES_FROM.get(kernel, (None, ""))
+    if least is None or capability is None or capability < least:
+        return None
+    return Problem(
+        "error",
+        f"vLLM would choose {kernel}, whose compiled code refuses compute capability"
+        f" {least / 10} and newer ({source})",
+        f"set VLLM_DISABLED_KERNELS={kernel}, here to see what would be next and there to serve",
+        [layer],
+    )
