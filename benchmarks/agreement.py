@@ -7,7 +7,9 @@ it sees, stock's Hessians are accumulated beside its own, and every module is so
 ``quantize_weight`` too, alone: once from our Hessian, which must give the same codes, and once from
 stock's, where sums may differ in the last bit. There each row's first differing column (in the
 order of the sweep) is looked at: how far, in float64, its weight was from the boundary between two
-codes. Then stock GPTQ quantizes the model in its own pipeline, and the two models are compared.
+codes. Then stock GPTQ quantizes the model, once through the same pipeline (the same attention, so
+what differs is the solver alone) and once through its own (eager attention), and the models are
+compared: of rounding differences that meet a boundary, later layers make more.
 """
 
 import json
@@ -146,11 +148,18 @@ def main() -> None:
         ],
         batch_size=None,
     )
-    base, ours, stock = load(), load(), load()
+    base, ours, same_pipeline, stock = load(), load(), load(), load()
     modifier = Compared(**SCHEME, length_exponent=0.0)
     oneshot(model=ours, dataset=data, recipe=modifier, processor=tokenizer, pipeline=pipeline.NAME)
+    oneshot(
+        model=same_pipeline,
+        dataset=data,
+        recipe=GPTQModifier(**SCHEME),
+        processor=tokenizer,
+        pipeline=pipeline.NAME,
+    )
     oneshot(model=stock, dataset=data, recipe=GPTQModifier(**SCHEME), processor=tokenizer)
-    scores = [logits(model, held_out) for model in (base, ours, stock)]
+    scores = [logits(model, held_out) for model in (base, ours, same_pipeline, stock)]
 
     def divergence(one, other):
         return float((one.exp() * (one - other)).sum(-1).mean())
@@ -171,8 +180,11 @@ def main() -> None:
         "largest_hessian_error": max(entry["hessian_error"] for entry in modules),
         "kl": {
             "base to ours": divergence(scores[0], scores[1]),
-            "base to stock": divergence(scores[0], scores[2]),
-            "stock to ours": divergence(scores[2], scores[1]),
+            "base to stock in our pipeline": divergence(scores[0], scores[2]),
+            "base to stock": divergence(scores[0], scores[3]),
+            "stock in our pipeline to ours": divergence(scores[2], scores[1]),
+            "stock to stock in our pipeline": divergence(scores[3], scores[2]),
+            "stock to ours": divergence(scores[3], scores[1]),
         },
         "modules": modules,
     }

@@ -29,6 +29,9 @@ HERE = Path(__file__).parent
 RESULT = HERE / "results" / "calibration.json"
 THREADS = 2
 REPEATS = 3
+GROWTH = ("tokens", "lengths")
+"""Cases run once: what is read off them is the slope through several points."""
+
 BATCH_TOKENS = 2048
 
 W4_GROUP_64 = {
@@ -57,6 +60,16 @@ SIZES = {
     }
     for width in (512, 1024, 2048)
 }
+LAYER_8B = {
+    "vocab_size": 4096,
+    "num_hidden_layers": 1,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+}
 MOE = {
     "vocab_size": 4096,
     "num_hidden_layers": 1,
@@ -82,8 +95,14 @@ def arms(lengths: list[int], **common) -> dict:
     }
 
 
+def cuda_cases() -> dict:
+    """What there is no sense in without a GPU."""
+    layer = {"model": "llama", "shape": LAYER_8B, "accumulate_only": True, "device": "cuda"}
+    return {"layer-8b": arms([2048] * 128, **layer, batch_tokens=8 * 2048)}
+
+
 def cases() -> dict:
-    """By name: the arms of each case."""
+    """By name: the arms of each case that this machine can run."""
     embedded = {"model": str(embedded_model())}
     ours = {"method": "ours", **embedded}
     return {
@@ -106,14 +125,14 @@ def cases() -> dict:
         },
         "moe": arms([512] * 4, model="qwen3_moe", shape=MOE, accumulate_only=True),
         "tokens": {
-            f"{count} x 512": {**ours, "lengths": [512] * count, "layers": 3}
+            f"{count} x 512": {**ours, "lengths": [512] * count, "layers": 2}
             for count in (8, 16, 32, 64)
         },
         "lengths": {
             f"{16384 // length} x {length}": {
                 **ours,
                 "lengths": [length] * (16384 // length),
-                "layers": 3,
+                "layers": 2,
             }
             for length in (512, 1024, 2048, 4096, 8192)
         },
@@ -121,25 +140,28 @@ def cases() -> dict:
             f"{width} wide, {dtype}": {
                 "method": "ours",
                 "model": "llama",
-                "shape": shape,
+                "shape": SIZES[width],
                 "dtype": dtype,
                 "lengths": [512] * 16,
             }
-            for width, shape in SIZES.items()
-            for dtype in ("bfloat16", "float32")
+            for width, dtype in [*((width, "bfloat16") for width in SIZES), (2048, "float32")]
         },
+        **(cuda_cases() if torch.cuda.is_available() else {}),
     }
 
 
 def run_child(case: dict) -> dict:
     """Result of one run in a process of its own."""
+    # on the CPU also where there is a GPU, unless the case says otherwise
+    hidden = {} if case.get("device") == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     common = {"threads": THREADS, "device": "cpu", "batch_tokens": BATCH_TOKENS}
     done = subprocess.run(
         [sys.executable, HERE / "calibration_child.py"],
         input=json.dumps({"scheme": W4_GROUP_64, **common, **case}),
         capture_output=True,
         text=True,
-        env=os.environ | {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": str(THREADS)},
+        env=os.environ
+        | {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": str(THREADS), **hidden},
     )
     if done.returncode:
         sys.exit(f"a run failed:\n{done.stderr[-3000:]}")
@@ -149,8 +171,9 @@ def run_child(case: dict) -> dict:
 def run_case(name: str, by_arm: dict) -> dict:
     """Runs of each arm, alternating."""
     runs: dict[str, list] = {arm: [] for arm in by_arm}
-    bar = tqdm(total=REPEATS * len(by_arm), desc=name)
-    for _ in range(REPEATS):
+    repeats = 1 if name in GROWTH else REPEATS
+    bar = tqdm(total=repeats * len(by_arm), desc=name)
+    for _ in range(repeats):
         for arm, case in by_arm.items():
             runs[arm].append(run_child(case))
             bar.update()
@@ -249,6 +272,9 @@ def targets(results: dict) -> str:
         rows.append(["experts: FLOPs for Hessians", "at most 0.125", f"{ours / stock:.3f}"])
         found = f"{ratio('moe', 'ours', 'stock', 'seconds', 'hessian'):.3f}"
         rows.append(["experts: time for Hessians", "at most 0.125", found])
+    if "layer-8b" in cases:
+        found = f"{ratio('layer-8b', 'ours', 'stock', 'seconds', 'hessian'):.3f}"
+        rows.append(["8B layer on CUDA, time for Hessians", "at most 0.2", found])
     if "sizes" in cases:
         for label, arm in cases["sizes"].items():
             what = f"forward and Hessian, share of the best product, {label}"

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import tqdm
 from compressed_tensors.compressors.format import infer_module_format
 from torch import nn
 
@@ -41,7 +42,8 @@ def ask_kernels(run: Run) -> list[dict[str, Any]]:
         shapes.write_text(json.dumps(checkpoint_to_be(run)), encoding="utf-8")
         targets = [("this machine", []), *_cards()]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda target: _ask(doctor, shapes, *target), targets))
+            answers = pool.map(lambda target: _ask(doctor, shapes, *target), targets)
+            return list(tqdm.tqdm(answers, "asking vLLM for its kernels", len(targets)))
 
 
 def find_doctor() -> Path | None:

@@ -58,22 +58,22 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
         solves = find_solves(run)
         flops = count_flops(run, solves)
         speeds = probe(run.config, max(solve.width for solve in solves), run.device)
-        return {
-            "modules": quantized_modules(run),
-            "unquantized": unquantized_modules(run),
-            "hessians": {
-                "modules": len(targeted(run)),
-                "distinct": len(solves),
-                "largest_layer_bytes": max(layer_hessians(solves).values()),
-            },
-            "calibration": run.calibration.record(),
-            "flops": flops,
-            "seconds": estimate_seconds(flops, speeds),
-            "memory": estimate_memory(run, solves),
-            "checkpoint_bytes": checkpoint_bytes(run),
-            "state_bytes": state_bytes(run),
-            "kernels": ask_kernels(run),
-        }
+    return {
+        "modules": quantized_modules(run),
+        "unquantized": unquantized_modules(run),
+        "hessians": {
+            "modules": len(targeted(run)),
+            "distinct": len(solves),
+            "largest_layer_bytes": max(layer_hessians(solves).values()),
+        },
+        "calibration": run.calibration.record(),
+        "flops": flops,
+        "seconds": estimate_seconds(flops, speeds),
+        "memory": estimate_memory(run, solves),
+        "checkpoint_bytes": checkpoint_bytes(run),
+        "state_bytes": state_bytes(run),
+        "kernels": ask_kernels(run),
+    }
 
 
 def targeted(run: Run) -> dict[str, int]:

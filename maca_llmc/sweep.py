@@ -1,8 +1,8 @@
 """GPTQ's column sweep within one block, compiled for the CPU: the codes of the eager loop.
 
 llm-compressor's eager version makes a dozen tensor operations per column and is bound by the
-interpreter. Rows are independent of each other, so here each row runs through the block's columns
-by itself, in the same order of float32 operations: the results are equal bit for bit.
+interpreter. Rows are independent of each other, so here a few rows at a time run through the
+block's columns, each in the same order of float32 operations: the results are equal bit for bit.
 """
 
 import numba
@@ -18,25 +18,32 @@ def _round_to_bfloat16(value: np.float32) -> np.float32:
     return np.uint32(bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
+LANES = 64
+"""Rows swept together: long vectors, and a block of them still within the first cache."""
+
+
 @numba.njit(parallel=True, cache=True, error_model="numpy")
 def _sweep(work, factor, scale, zero_point, low, high, in_bfloat16, quantized, errors):  # type: ignore[no-untyped-def]
-    rows, width = work.shape
-    for row in numba.prange(rows):
-        left = work[row]
+    # all but the factor are [chunks, columns, LANES]: what is done to a column is done to all rows
+    chunks, width, _ = work.shape
+    for chunk in numba.prange(chunks):
+        left, step, zero = work[chunk], scale[chunk], zero_point[chunk]
+        value, error = quantized[chunk], errors[chunk]
         for column in range(width):
-            weight = left[column]
-            step, zero = scale[row, column], zero_point[row, column]
-            code = np.rint(min(max(weight / step + zero, low), high))
-            value = (code - zero) * step
+            diagonal = factor[column, column]
+            for lane in range(LANES):
+                own, shift = step[column, lane], zero[column, lane]
+                code = np.rint(min(max(left[column, lane] / own + shift, low), high))
+                value[column, lane] = (code - shift) * own
             if in_bfloat16:
-                value = _round_to_bfloat16(value)
-            error = (weight - value) / factor[column, column]
-            quantized[row, column] = value
-            errors[row, column] = error
-            # whole rows, though only later columns matter: this way the loop is vectorized
-            spread = factor[column]
-            for later in range(width):
-                left[later] -= error * spread[later]
+                for lane in range(LANES):
+                    value[column, lane] = _round_to_bfloat16(value[column, lane])
+            for lane in range(LANES):
+                error[column, lane] = (left[column, lane] - value[column, lane]) / diagonal
+            for later in range(column + 1, width):
+                spread = factor[column, later]
+                for lane in range(LANES):
+                    left[later, lane] -= error[column, lane] * spread
 
 
 def sweep_block(
@@ -52,7 +59,7 @@ def sweep_block(
 
     Algorithm 1 of GPTQ (arXiv 2210.17323), inner loop. All tensors are on the CPU.
 
-    :param work: ``[rows, width]`` float32, the weights of the block; changed in place
+    :param work: ``[rows, width]`` float32, the weights of the block
     :param factor: ``[width, width]`` float32, upper Cholesky factor of the inverse Hessian
     :param scale: ``[rows, width]`` float32 or bfloat16, one step per weight. Dequantized values
         are rounded to its dtype, as compressed-tensors does.
@@ -61,20 +68,36 @@ def sweep_block(
     :param quantized: ``[rows, width]`` float32, out: dequantized values
     :param errors: ``[rows, width]`` float32, out: ``(w - q) / factor[i, i]``
     """
-    zeros = torch.zeros_like(work) if zero_point is None else zero_point.float().contiguous()
     threads = torch.get_num_threads()
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made at run time
     numba.set_num_threads(min(threads, most))
+    lanes = _in_lanes(work)
+    zeros = torch.zeros_like(lanes) if zero_point is None else _in_lanes(zero_point)
+    values, differences = torch.empty_like(lanes), torch.empty_like(lanes)
     _sweep(
-        work.numpy(),
+        lanes.numpy(),
         factor.contiguous().numpy(),
-        scale.float().contiguous().numpy(),
+        _in_lanes(scale, padding=1.0).numpy(),
         zeros.numpy(),
         np.float32(code_range[0]),
         np.float32(code_range[1]),
         scale.dtype == torch.bfloat16,
-        quantized.numpy(),
-        errors.numpy(),
+        values.numpy(),
+        differences.numpy(),
     )
+    quantized.copy_(_in_rows(values)[: len(work)])
+    errors.copy_(_in_rows(differences)[: len(work)])
     if torch.get_num_threads() != threads:  # numba's first launch sets that of OpenMP, for all
         torch.set_num_threads(threads)
+
+
+def _in_lanes(rows: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
+    """``[rows, width]`` as float32 ``[chunks, width, LANES]``, missing rows filled up."""
+    missing = -len(rows) % LANES
+    padded = torch.nn.functional.pad(rows.float(), (0, 0, 0, missing), value=padding)
+    return padded.view(-1, LANES, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+def _in_rows(lanes: torch.Tensor) -> torch.Tensor:
+    """The reverse: ``[chunks * LANES, width]``."""
+    return lanes.transpose(1, 2).reshape(-1, lanes.shape[1])
