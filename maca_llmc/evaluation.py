@@ -85,7 +85,8 @@ def evaluate(
         4 bytes x vocabulary x 32 x windows x lengths
     :param device: "auto", "cpu", "cuda" or "cuda:N"
     :return: settings and, per checkpoint, ``kl`` and ``perplexity`` by length, each with its
-        standard error over windows
+        standard error over windows, and each window's own (KL divergence, and negative
+        log-likelihood) for paired comparisons
     :raises UserError: for inputs that make no sense, or a folder that is not quantized
     """
     where = resolve_device(device)
@@ -203,12 +204,13 @@ def _entry(
             for q, ids in zip(own[length], windows, strict=True)
         ]
         mean, error = mean_and_error(kl)
-        divergence[str(length)] = {"mean": mean, "stderr": error}
+        divergence[str(length)] = {"mean": mean, "stderr": error, "windows": kl}
         mean, error = mean_and_error(nll)
         perplexity[str(length)] = {
             "ppl": math.exp(mean),
             "stderr": math.exp(mean) * error,
             "nll": mean,
+            "windows": nll,
         }
     return {"name": name, "path": path, "kl": divergence, "perplexity": perplexity}
 

@@ -50,13 +50,16 @@ class Statistic:
 class MaCaModifier(GPTQModifier):
     """GPTQ calibrated by length: each sequence weighs ``L^-p`` per token, and maybe its prefixes.
 
-    Everything ``GPTQModifier`` takes works as it does there. Two fields are added:
+    Everything ``GPTQModifier`` takes works as it does there. Three fields are added:
 
     :param length_exponent: p of the token weight ``L^-p``, from 0 to 1. 1 (the default) is MaCa as
         we read it: each sequence is one sample, whatever its length. 0 is GPTQ: each token is one.
     :param nested_scales: lengths, increasing, or None. With it each sequence counts as itself and
         as each of its own prefixes of these lengths, in the same forward pass. It needs a causal
         model whose positions do not depend on the length, and refuses any other.
+    :param first_token_weight: how many times the weight of its sequence's tokens the first one
+        gets, above 0. It is an attention sink in most models, and short sequences have more of
+        them: set it to find out what its share does. 1 (the default) leaves it alone.
 
     Sample recipe:
 
@@ -96,6 +99,7 @@ class MaCaModifier(GPTQModifier):
 
     length_exponent: float = Field(default=1.0, ge=0.0, le=1.0)
     nested_scales: list[int] | None = None
+    first_token_weight: float = Field(default=1.0, gt=0.0)
 
     _layout: BatchLayout | None = PrivateAttr(default=None)
     _reference: int | None = PrivateAttr(default=None)
@@ -271,7 +275,13 @@ class MaCaModifier(GPTQModifier):
     def _segments(self, length: int) -> list[Segment]:
         if self._reference is None:
             self._reference = length
-        return sequence_segments(length, self.length_exponent, self.nested_scales, self._reference)
+        return sequence_segments(
+            length,
+            self.length_exponent,
+            self.nested_scales,
+            self._reference,
+            self.first_token_weight,
+        )
 
     def _add_input(
         self, modules: list[torch.nn.Module], statistic: Statistic, given: Input

@@ -131,7 +131,13 @@ def _write_records(
         "modifier": {
             "type": type(run.modifier).__name__,
             **run.modifier.model_dump(
-                include={"length_exponent", "nested_scales", "dampening_frac", "block_size"}
+                include={
+                    "length_exponent",
+                    "nested_scales",
+                    "first_token_weight",
+                    "dampening_frac",
+                    "block_size",
+                }
             ),
         },
         "container_bits": container,
@@ -156,7 +162,9 @@ def describe_method(modifier: Any) -> str:
     if not isinstance(modifier, MaCaModifier):
         return type(modifier).__name__.removesuffix("Modifier")
     nested = f", nested {modifier.nested_scales}" if modifier.nested_scales else ""
-    return f"MaCa (p = {modifier.length_exponent:g}{nested})"
+    first = modifier.first_token_weight
+    sink = f", first token x {first:g}" if first != 1.0 else ""
+    return f"MaCa (p = {modifier.length_exponent:g}{nested}{sink})"
 
 
 def _public_name(run: Run) -> str:

@@ -10,6 +10,10 @@ nested (Matryoshka)         ``S_i = {l in S : l < L_i} + {L_i}``,
                             ``w_{i,t} = sum over l in S_i with l >= t of l^-p``, t from 1
 ==========================  =====================================================================
 
+The first token of a sequence, in most models an attention sink with activations hundreds of times
+larger than any other, may weigh a multiple of that: short sequences have more first tokens, and
+this tells the effect of that share from the effect of lengths.
+
 Lengths are divided by a reference length first, so that sequences of one length weigh exactly 1:
 a common factor cancels under relative dampening, and this way normalising changes nothing, bit
 for bit, where there is nothing to normalise.
@@ -35,6 +39,7 @@ def sequence_segments(
     exponent: float,
     scales: Sequence[int] | None = None,
     reference: int = 1,
+    first: float = 1.0,
 ) -> list[Segment]:
     """Cut one sequence into the segments whose tokens weigh the same.
 
@@ -42,7 +47,8 @@ def sequence_segments(
     :param exponent: p of ``l^-p``
     :param scales: nested lengths, increasing; None for the sequence as a whole only
     :param reference: the length whose weight is 1
-    :return: segments in order, covering ``[0, length)``; one of them without ``scales``
+    :param first: how many times its weight the first token gets
+    :return: segments in order, covering ``[0, length)``
     :raises ValueError: when ``length`` or ``reference`` is not positive
     """
     if length < 1 or reference < 1:
@@ -53,7 +59,13 @@ def sequence_segments(
         start = prefixes[index - 1] if index else 0
         weight = sum((prefix / reference) ** -exponent for prefix in prefixes[index:])
         segments.append(Segment(start, stop, weight))
-    return segments
+    return segments if first == 1.0 else _with_first_token(segments, first)
+
+
+def _with_first_token(segments: list[Segment], first: float) -> list[Segment]:
+    opening, *others = segments
+    rest = [Segment(1, opening.stop, opening.weight)] if opening.stop > 1 else []
+    return [Segment(0, 1, first * opening.weight), *rest, *others]
 
 
 def total_weight(segments: Sequence[Segment]) -> tuple[float, int]:

@@ -68,13 +68,17 @@ def inputs_of(model, names, sequence):
     return seen
 
 
-def brute_force_hessians(model, names, sequences, exponent, scales):
-    """Every prefix that counts, run by itself: 2 * sum of l^-p x x^T, in float64."""
+def brute_force_hessians(model, names, sequences, exponent, scales, first=1.0):
+    """Every prefix that counts, run by itself: 2 * sum of l^-p x x^T, in float64.
+
+    The first row counts ``first`` times.
+    """
     hessians = {}
     for sequence in sequences:
         prefixes = {scale for scale in scales or () if scale < len(sequence)} | {len(sequence)}
         for prefix in prefixes:
             for name, rows in inputs_of(model, names, sequence[:prefix]).items():
+                rows[0] *= first**0.5
                 term = 2 * (prefix / len(sequences[0])) ** -exponent * rows.T @ rows
                 hessians[name] = hessians.get(name, 0) + term
     return hessians
@@ -88,23 +92,32 @@ def run(model, modifier, data, **kwargs):
 @pytest.mark.parametrize("pipeline", ["sequential", "basic"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize(
-    ("exponent", "scales"), [(0.0, None), (1.0, None), (0.5, [8, 16, 32]), (1.0, [8, 16, 32])]
+    ("exponent", "scales", "first"),
+    [
+        (0.0, None, 1.0),
+        (1.0, None, 1.0),
+        (0.5, [8, 16, 32], 1.0),
+        (1.0, [8, 16, 32], 1.0),
+        (0.0, None, 16.0),
+        (1.0, [1, 8], 0.25),
+    ],
 )
 def test_hessian_is_the_sum_over_sequences_run_alone(
-    tiny_model, family, exponent, scales, pipeline
+    tiny_model, family, exponent, scales, first, pipeline
 ):
     sequences = random_sequences(LENGTHS)
     seen = []
 
     def check(model, hessians, _counts):
-        expected = brute_force_hessians(model, hessians, sequences, exponent, scales)
+        expected = brute_force_hessians(model, hessians, sequences, exponent, scales, first)
         for name, hessian in hessians.items():
             error = torch.linalg.norm(hessian - expected[name]) / torch.linalg.norm(expected[name])
             assert error < 1e-5, (name, float(error))
             seen.append(name)
 
     model = tiny_model(family)
-    modifier = WatchedMaCa(**SCHEME, length_exponent=exponent, nested_scales=scales)
+    fields = {"length_exponent": exponent, "nested_scales": scales, "first_token_weight": first}
+    modifier = WatchedMaCa(**SCHEME, **fields)
     run(model, modifier.watch(model, check), loader(sequences), pipeline=pipeline)
     assert len(seen) == 14
 
@@ -392,6 +405,7 @@ def test_nested_refuses_models_whose_prefixes_differ(tiny_model):
     [
         {"length_exponent": 1.5},
         {"length_exponent": -0.1},
+        {"first_token_weight": 0.0},
         {"nested_scales": []},
         {"nested_scales": [0, 4]},
         {"nested_scales": [8, 4]},

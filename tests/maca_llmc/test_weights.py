@@ -12,14 +12,16 @@ def brute_force(length, exponent, scales, reference):
     ]
 
 
+@pytest.mark.parametrize("first", [1.0, 0.25, 16.0])
 @pytest.mark.parametrize("exponent", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("scales", [None, [1], [4, 8, 32], [7], [100]])
 @pytest.mark.parametrize("length", [1, 7, 8, 33])
-def test_segments_are_the_definition(length, exponent, scales):
-    segments = sequence_segments(length, exponent, scales, reference=16)
+def test_segments_are_the_definition(length, exponent, scales, first):
+    segments = sequence_segments(length, exponent, scales, reference=16, first=first)
     assert [segment.start for segment in segments] == [0] + [s.stop for s in segments[:-1]]
     weights = [s.weight for s in segments for _ in range(s.start, s.stop)]
     expected = brute_force(length, exponent, scales, 16)
+    expected[0] *= first
     assert weights == pytest.approx(expected, rel=1e-12)
     assert total_weight(segments) == (pytest.approx(sum(expected)), length)
 
