@@ -22,15 +22,13 @@ from maca_llmc.llmcompressor_api import (
     forget_causal_masks,
     gptq_progress,
     keep_causal_masks,
-    quantize_stacks,
     restore_gptq_progress,
-    row_stacks,
-    solve_batches,
 )
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
 from maca_llmc.shared_inputs import Group, Input, SharedInputs, common_partition
 from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
-from maca_llmc.weights import Segment, sequence_segments, total_weight
+from maca_llmc.stacks import quantize_stacks, row_stacks, solve_batches
+from maca_llmc.token_weights import Segment, sequence_segments, total_weight
 
 __all__ = ["MaCaModifier"]
 

@@ -35,6 +35,7 @@ def test_the_precision_of_products_is_put_back():
     assert settings.fp32_precision == before
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_add_up_on_cuda(dtype):
