@@ -193,7 +193,7 @@ def run_ours(model, data, case, folder):
             self.state.save_layer(layer_tensors(layer), {})
 
     count_flops(hessian, "_add_product", lambda t, left, right, *_: 2 * t.numel() * len(right))
-    timed(modifier_module, "add_rows", "hessian")
+    timed(hessian, "add_rows", "hessian")
     timed(modifier_module, "factorize", "factorise")
     timed(stacks, "sweep", "sweep")
     timed(stacks, "row_energies", "losses")

@@ -50,4 +50,4 @@ def _gptq_block_update_compiled(
             Q1[index],
             Err1[index],
         )
-    losses1.copy_(Err1.square())
+    torch.square(Err1, out=losses1)
