@@ -38,7 +38,7 @@ setup: .venv/.installed .venv-serve/.installed-$(SERVE)
 	$(ENGINE)/pip install -q --no-deps --no-build-isolation -e ./serve
 	touch $@
 
-# The main job on the embedded model: GPTQ at one length against MaCa at several, the same tokens.
+# The main job on the embedded model: GPTQ at one length against MaCa at several, as many tokens.
 demo: setup
 	$(QUANTIZE)/maca-llmc quantize --output $(DEMO)/gptq --overwrite \
 	    --recipe recipes/w4a16-g64.gptq.yaml --scales 2048 --tokens 16384
@@ -49,7 +49,8 @@ demo: setup
 	$(QUANTIZE)/maca-llmc embedded-model $(DEMO)/base
 	$(ENGINE)/maca-serve compare $(DEMO)/base $(DEMO)/gptq $(DEMO)/maca $(DEMO)/maca-w8a8 --output $(DEMO)
 	@echo "report: $(DEMO)/report.html"
-	@echo "try it: VLLM_CPU_INT4_W4A8=0 .venv-serve/bin/vllm serve $(DEMO)/maca --host 127.0.0.1 --max-model-len 2048"
+	@echo "serve:  .venv-serve/bin/maca-serve up $(DEMO)/maca"
+	@echo "or plain: VLLM_CPU_INT4_W4A8=0 .venv-serve/bin/vllm serve $(DEMO)/maca --host 127.0.0.1 --max-model-len 2048"
 
 TESTED := runs/test-checkpoints
 

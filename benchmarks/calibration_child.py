@@ -180,7 +180,7 @@ def run_stock(model, data, case):
 def run_ours(model, data, case, folder):
     """MaCa through the layer pipeline, keeping finished layers on disk as the command does."""
     import maca_llmc.modifier as modifier_module
-    from maca_llmc import MaCaModifier, hessian, hidden_states, llmcompressor_api, pipeline
+    from maca_llmc import MaCaModifier, hessian, hidden_states, losses, pipeline, stacks
     from maca_llmc.state import RunState, layer_tensors
 
     class Keeper:
@@ -193,10 +193,10 @@ def run_ours(model, data, case, folder):
             self.state.save_layer(layer_tensors(layer), {})
 
     count_flops(hessian, "_add_product", lambda t, left, right, *_: 2 * t.numel() * len(right))
-    timed(modifier_module, "add_rows", "hessian")
+    timed(hessian, "add_rows", "hessian")
     timed(modifier_module, "factorize", "factorise")
-    timed(llmcompressor_api, "sweep", "sweep")
-    timed(llmcompressor_api, "row_energies", "losses")
+    timed(stacks, "sweep", "sweep")
+    timed(stacks, "row_energies", "losses")
     if case.get("accumulate_only"):
         only_accumulate(MaCaModifier)
     timed(MaCaModifier, "compress_modules", "compress")
@@ -207,7 +207,7 @@ def run_ours(model, data, case, folder):
 
     def run():
         with (
-            llmcompressor_api.recorded_losses(lambda module, loss: None),
+            losses.recorded_losses(lambda module, loss: None),
             pipeline.using(pipeline.Resources(Keeper(), hidden)),
         ):
             oneshot(
@@ -223,7 +223,7 @@ def run_ours(model, data, case, folder):
 
 def warm_up_compiled_sweep() -> None:
     """Compile or load the sweep before the clock starts, as Triton kernels would be cached too."""
-    from maca_llmc.sweep import sweep_block
+    from maca_llmc.compiled_sweep import sweep_block
 
     work = torch.ones(2, 4)
     sweep_block(work, torch.eye(4), work.clone(), None, (-8, 7), work.clone(), work.clone())

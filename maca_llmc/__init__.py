@@ -19,8 +19,7 @@ __all__ = ["MaCaModifier", "build_calibration_set", "evaluate", "plan", "quantiz
 
 MISSING = (
     "maca-llmc needs llmcompressor==0.14.0.1, which is not installed here (it and vLLM need "
-    "environments of their own): run `make setup` and use .venv, or `pip install maca-llmc` in a "
-    "fresh environment"
+    "environments of their own): run `make setup` in the checkout and use its .venv"
 )
 
 if Path(sys.argv[0]).name == "maca-llmc":
@@ -29,6 +28,7 @@ if Path(sys.argv[0]).name == "maca-llmc":
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 
 if find_spec("llmcompressor") is not None:
+    from maca_llmc import cpu_backend  # noqa: F401  # registers the compiled sweep
     from maca_llmc.data import build_calibration_set
     from maca_llmc.evaluation import evaluate
     from maca_llmc.modifier import MaCaModifier

@@ -69,7 +69,9 @@ def quantize(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text, JSONL, folder or hub data set. Default: the shipped sample."),
+        typer.Option(
+            help="Text, JSONL, JSON, CSV, parquet, folder or hub data set. Default: our sample."
+        ),
     ] = None,
     scales: Annotated[
         str | None,
@@ -92,7 +94,9 @@ def quantize(
     ] = defaults.BATCH_TOKENS,
     cache_gb: Annotated[
         float | None,
-        typer.Option(help="Hidden states held in memory, the rest on disk. Default: half of it."),
+        typer.Option(
+            help="GB of hidden states in memory, the rest on disk. Default: half of what is free."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the data's order.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

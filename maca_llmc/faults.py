@@ -29,8 +29,9 @@ def named_faults(folder: Path) -> Iterator[None]:
             ) from error
         if is_out_of_memory(error):
             raise UserError(
-                f"out of memory{_where(error)}{_amount(error)}: lower --batch-tokens, the longest "
-                "of --scales, or --cache-gb (see `maca-llmc plan`)"
+                f"out of memory{_where(error)}{_amount(error)}: lower --cache-gb and go on with "
+                "--resume, or lower --batch-tokens or the longest of --scales and start anew with "
+                "--overwrite (see `maca-llmc plan`)"
             ) from error
         raise
 

@@ -15,6 +15,50 @@ TRIANGLE_BLOCK = {"cpu": 512, "cuda": 1024}
 """Columns per block of the lower triangle: see ``benchmarks/hessian_products.py``."""
 
 
+SHORT = 512
+"""Runs of fewer rows wait for others of their weight: a product of few rows is mostly writing."""
+
+WAITING = 4 * ROWS_AT_ONCE
+"""Most rows that wait, where there are many weights (documents of all lengths)."""
+
+
+class WeightedHessian:
+    """``H = 2 * sum of weight * rows^T rows``, its lower triangle until it is complete.
+
+    :param hessian: float32 ``[d, d]``, zero
+    """
+
+    def __init__(self, hessian: torch.Tensor) -> None:
+        self.hessian = hessian
+        self._waiting: dict[float, list[torch.Tensor]] = {}
+
+    def add(self, rows: torch.Tensor, weight: float) -> None:
+        """Add rows ``[tokens, d]``, each of them with this weight."""
+        if len(rows) >= SHORT:
+            add_rows(self.hessian, rows, weight)
+            return
+        waiting = self._waiting.setdefault(weight, [])
+        waiting.append(rows.clone())  # a view would keep the whole input
+        if sum(map(len, waiting)) >= ROWS_AT_ONCE:
+            self._add_waiting(weight)
+        elif sum(len(part) for parts in self._waiting.values() for part in parts) >= WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add the rows that still wait."""
+        for weight in list(self._waiting):
+            self._add_waiting(weight)
+
+    def copy(self) -> "WeightedHessian":
+        """Another one of the same rows."""
+        other = WeightedHessian(self.hessian.clone())
+        other._waiting = {weight: list(rows) for weight, rows in self._waiting.items()}
+        return other
+
+    def _add_waiting(self, weight: float) -> None:
+        add_rows(self.hessian, torch.cat(self._waiting.pop(weight)), weight)
+
+
 def add_rows(hessian: torch.Tensor, rows: torch.Tensor, weight: float) -> None:
     """``H += 2 * weight * rows^T rows`` in the lower triangle of H, in place.
 

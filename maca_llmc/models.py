@@ -176,6 +176,10 @@ def _readable(source: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"cannot load model {source}: {reason} (a hub name needs the network or a local copy)"
-        ) from error
+        raise UserError(f"cannot load model {source}: {reason}{_hub_hint(source)}") from error
+
+
+def _hub_hint(source: str) -> str:
+    if Path(source).is_dir():
+        return ""
+    return " (a hub name needs the network or a local copy; a gated one `hf auth login`)"

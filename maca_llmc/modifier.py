@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from maca_llmc.causality import refuse_length_dependence
 from maca_llmc.errors import CalibrationError
-from maca_llmc.hessian import add_rows, fill_dead_columns, mirror
+from maca_llmc.hessian import WeightedHessian, fill_dead_columns, mirror
 from maca_llmc.inspection import DiagonalRecorder
 from maca_llmc.llmcompressor_api import (
     GPTQModifier,
@@ -22,15 +22,13 @@ from maca_llmc.llmcompressor_api import (
     forget_causal_masks,
     gptq_progress,
     keep_causal_masks,
-    quantize_stacks,
     restore_gptq_progress,
-    row_stacks,
-    solve_batches,
 )
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
 from maca_llmc.shared_inputs import Group, Input, SharedInputs, common_partition
 from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
-from maca_llmc.weights import Segment, sequence_segments, total_weight
+from maca_llmc.stacks import quantize_stacks, row_stacks, solve_batches
+from maca_llmc.token_weights import Segment, sequence_segments, total_weight
 
 __all__ = ["MaCaModifier"]
 
@@ -39,11 +37,11 @@ __all__ = ["MaCaModifier"]
 class Statistic:
     """What is kept of the inputs of a group of modules.
 
-    :param hessian: float32 ``[d, d]``; its lower triangle, until it is complete
-    :param count: how many sequences it is of
+    :param hessian: of all their rows
+    :param count: how many sequences they are
     """
 
-    hessian: torch.Tensor
+    hessian: WeightedHessian
     count: torch.Tensor
 
 
@@ -224,12 +222,16 @@ class MaCaModifier(GPTQModifier):
     def compress_modules(self) -> None:
         """Quantize what was calibrated, on every rank the groups it was assigned."""
         groups = self._inputs.take()
+        for group in groups:
+            group.statistic.hessian.settle()
         ranks = _ranks()
         if ranks > 1:
             groups = self._agree_on_groups(groups, ranks)
         # stock's own bookkeeping, with one entry a group: its first member
         self._groups = {group.members[0]: group for group in groups}
-        self._hessians = {first: group.statistic.hessian for first, group in self._groups.items()}
+        self._hessians = {
+            first: group.statistic.hessian.hessian for first, group in self._groups.items()
+        }
         self._num_samples = {first: group.statistic.count for first, group in self._groups.items()}
         super().compress_modules()
         if ranks > 1:
@@ -303,7 +305,7 @@ class MaCaModifier(GPTQModifier):
 
     def _add(self, statistic: Statistic, rows: torch.Tensor, weight: float) -> None:
         self._weighted |= weight != 1.0
-        add_rows(statistic.hessian, rows, weight)
+        statistic.hessian.add(rows, weight)
 
     def _add_routed(
         self,
@@ -418,11 +420,11 @@ class MaCaModifier(GPTQModifier):
 
 def _empty_statistic(module: torch.nn.Module) -> Statistic:
     hessian = empty_hessian(module)
-    return Statistic(hessian, torch.zeros((), device=hessian.device))
+    return Statistic(WeightedHessian(hessian), torch.zeros((), device=hessian.device))
 
 
 def _copy_statistic(statistic: Statistic) -> Statistic:
-    return Statistic(statistic.hessian.clone(), statistic.count.clone())
+    return Statistic(statistic.hessian.copy(), statistic.count.clone())
 
 
 def _unpadded(tokens: torch.Tensor, layout: BatchLayout | None) -> bool:

@@ -10,13 +10,13 @@ import psutil
 import torch
 from compressed_tensors.quantization import QuantizationStrategy
 
+from maca_llmc.ask_doctor import ask_kernels
 from maca_llmc.containers import CONTAINER_BITS
 from maca_llmc.data.calibration import batches_of_equal_length
 from maca_llmc.distinct_inputs import distinct_inputs, forward_flops
 from maca_llmc.hessian import ROWS_AT_ONCE
-from maca_llmc.kernels import ask_kernels
-from maca_llmc.llmcompressor_api import ROWS_PER_STACK, decoder_layers
-from maca_llmc.prepare import Run, prepare
+from maca_llmc.llmcompressor_api import decoder_layers
+from maca_llmc.prepare import Run, check_disk, prepare
 from maca_llmc.probe import (
     Speeds,
     factorize_flops,
@@ -24,11 +24,11 @@ from maca_llmc.probe import (
     probe,
     sweep_flops,
 )
-from maca_llmc.progress import quiet
+from maca_llmc.progress import PASSES, quiet
 from maca_llmc.schemes import describe_scheme, linear_widths
 from maca_llmc.signatures import same_parameters_as
+from maca_llmc.stacks import ROWS_PER_STACK
 
-PASSES = 2
 FLOAT32 = 4
 
 
@@ -45,16 +45,18 @@ class Solve:
 def plan(output: str | Path, **options: Any) -> dict[str, Any]:
     """What :func:`maca_llmc.quantize` would do with the same arguments, and what it would take.
 
-    Weights are not loaded; speeds are tried for a few seconds. Sizes are in bytes, times in
-    seconds, and both are estimates.
+    Weights are not loaded; speeds are tried for a few seconds, and the serve environment is asked
+    for its kernels, which takes about a minute. Sizes are in bytes, times in seconds, and both are
+    estimates.
 
     :return: JSON-able: ``modules`` per scheme, ``unquantized`` with reasons, ``hessians``,
         ``calibration``, ``flops``, ``seconds``, ``memory``, ``checkpoint_bytes``, ``state_bytes``,
         ``kernels``
-    :raises UserError: when the run could not work, as ``quantize`` would
+    :raises UserError: for what ``quantize`` refuses before it loads the model
     """
     with quiet():
         run = prepare(output, **options)
+        check_disk(Path(output).expanduser().absolute(), run.shapes)
         solves = find_solves(run)
         flops = count_flops(run, solves)
         speeds = probe(run.config, max(solve.width for solve in solves), run.device)
@@ -168,13 +170,14 @@ def estimate_memory(run: Run, solves: list[Solve]) -> dict[str, int]:
         for numbers in batches_of_equal_length(lengths, run.batch_tokens)
     )
     hidden = sum(lengths) * config.hidden_size * size
-    limit = psutil.virtual_memory().available // 2 if run.cache_bytes is None else run.cache_bytes
+    weights = _bytes(run.shapes)
+    free = psutil.virtual_memory().available
+    limit = max(free - weights, 0) // 2 if run.cache_bytes is None else run.cache_bytes
     widest = max(solve.width for solve in solves)
     activations = batch * (6 * config.hidden_size + 3 * widest) * size
     activations += min(batch, ROWS_AT_ONCE) * widest * FLOAT32
     working = max(activations, max(_solving(solve) for solve in solves))
     layer = max(layer_hessians(solves).values()) + working
-    weights = _bytes(run.shapes)
     host = psutil.Process().memory_info().rss + weights + min(hidden, limit)
     largest = max(_bytes(module) for module in decoder_layers(run.shapes))
     on_host = run.device.type == "cpu"

@@ -1,6 +1,7 @@
 """Check all that can be checked before the weights are loaded, and decide the rest."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from maca_llmc.inspection import DiagonalRecorder, inspected_modules
 from maca_llmc.llmcompressor_api import Recipe
 from maca_llmc.recipes import default_recipe, quantizing_modifier, read_recipe
 from maca_llmc.schemes import check_schemes, linear_widths
+from maca_llmc.state import state_folder
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Run:
     container: int | None
     losses: dict[str, float] = field(default_factory=dict)
     wall_seconds: dict[str, float] = field(default_factory=dict)
+    spilled_bytes: int = 0
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -114,6 +117,11 @@ def prepare(
     context = models.context_length(config)
     if scales is None and not whole_documents:
         scales = [scale for scale in defaults.SCALES if context is None or scale <= context]
+        if not scales:
+            raise UserError(
+                f"the model's context ({context}) is shorter than the shortest usual calibration "
+                f"length ({defaults.SCALES[0]}): give --scales"
+            )
     tokenizer = models.load_tokenizer(source)
     processor = models.load_processor(source, tokenizer)
     calibration = build_calibration_set(
@@ -162,3 +170,22 @@ def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
 def existing_parent(output: Path) -> Path:
     """The folder on whose disk ``output`` will be."""
     return next(folder for folder in output.parents if folder.exists())
+
+
+def check_disk(output: Path, shapes: torch.nn.Module) -> None:
+    """Refuse a disk that is too full for finished layers and the checkpoint.
+
+    Neither is larger than the model; layers that a killed run has finished are there already.
+
+    :raises UserError: says how much is free and how much is needed
+    """
+    model = sum(p.numel() * p.element_size() for p in shapes.parameters())
+    there = sum(f.stat().st_size for f in state_folder(output).glob("layer-*.safetensors"))
+    needed = model + max(model - there, 0)
+    parent = existing_parent(output)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            f"{parent} has {free / 1e9:.1f} GB free and the run may need {needed / 1e9:.1f} GB "
+            "(finished layers and the checkpoint): free some or give another --output"
+        )

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from maca_llmc import models
+from maca_llmc.compiled_sweep import sweep_block
 from maca_llmc.distinct_inputs import forward_flops
 from maca_llmc.hessian import add_rows
 from maca_llmc.llmcompressor_api import all_experts_on_meta
 from maca_llmc.solve import factorize, sweep
-from maca_llmc.sweep import sweep_block
 
 TOKENS = 512
 WIDEST = 1024

@@ -12,7 +12,7 @@ from compressed_tensors.utils import patch_attr
 from loguru import logger
 
 PASSES = 2
-"""The sequential pipeline runs each layer twice: to calibrate it, then to pass on its outputs."""
+"""Each layer runs twice, to calibrate it and to pass on its outputs; the last one once."""
 
 NOT_NEWS = ("No accelerator available", "Disabling tokenizer", "Calibration pipeline is set to")
 """How warnings begin that there is nothing to do about."""
@@ -29,7 +29,7 @@ def layer_progress(
     :param finished: layers that are only passed through, their calibration done in an earlier run
     """
     bar = tqdm.tqdm(
-        total=len(layers) * batches * PASSES - finished * batches,
+        total=(len(layers) * PASSES - 1 - min(finished, len(layers) - 1)) * batches,
         desc=f"layer 1/{len(layers)}",
         bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} elapsed, {remaining} left",
         mininterval=0.5 if sys.stderr.isatty() else 15,
@@ -41,7 +41,7 @@ def layer_progress(
     try:
         with quiet():
             yield
-        bar.update(bar.total - bar.n)
+        bar.update(max(bar.total - bar.n, 0))
     finally:
         bar.close()
         for handle in handles:

@@ -1,12 +1,10 @@
 """The quantize run: check everything first, calibrate, save beside, rename."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from llmcompressor import oneshot
 from loguru import logger
 
@@ -20,10 +18,10 @@ from maca_llmc.llmcompressor_api import (
     decoder_layers,
     forget_causal_masks,
     keep_causal_masks,
-    recorded_losses,
 )
+from maca_llmc.losses import recorded_losses
 from maca_llmc.modifier import MaCaModifier
-from maca_llmc.prepare import Run, existing_parent, prepare
+from maca_llmc.prepare import Run, check_disk, prepare
 from maca_llmc.progress import layer_progress, log_warnings_once, quiet
 from maca_llmc.recipes import save_recipe
 from maca_llmc.resume import LayerKeeper, run_identity
@@ -43,12 +41,13 @@ def quantize(output: str | Path, **options: Any) -> Path:
     :param output: folder to make; a run that fails or is interrupted leaves none
     :param options: see :func:`prepare`
     :return: ``output``
-    :raises UserError: for anything the user can mend, before anything is written
+    :raises UserError: for anything the user can mend: bad input before anything is written, a full
+        disk or exhausted memory with the finished layers kept
     """
     log_warnings_once()
     output = Path(output).expanduser().absolute()
     run = prepare(output, **options)
-    _check_disk(output, run.shapes)
+    check_disk(output, run.shapes)
     identity = run_identity(run)
     resume, overwrite = bool(options.get("resume")), bool(options.get("overwrite"))
     if resume and (finished := record.finished_identity(output)) is not None:
@@ -112,6 +111,7 @@ def _calibrate(run: Run, state: RunState) -> Any:
                 recipe=run.recipe,
                 pipeline=pipeline.NAME,
             )
+        run.spilled_bytes = hidden.spilled_bytes
     finally:
         forget_causal_masks(model.config)
     return model
@@ -148,6 +148,7 @@ def _write_records(
         "modules": [{"name": key, "loss": loss} for key, loss in run.losses.items()],
         "raised_dampening": getattr(run.modifier, "raised_dampening", {}),
         "state_bytes": state.bytes,
+        "spilled_bytes": run.spilled_bytes,
         "wall_seconds": run.wall_seconds,
         "identity": identity,
         **record.peak_memory(),
@@ -171,18 +172,6 @@ def _public_name(run: Run) -> str:
     if run.source == str(smollm2.cache_folder() / smollm2.NAME):
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
     return run.source
-
-
-def _check_disk(output: Path, shapes: torch.nn.Module) -> None:
-    """The kept layers, and a checkpoint smaller than its model, are what must fit."""
-    needed = 2 * sum(p.numel() * p.element_size() for p in shapes.parameters())
-    parent = existing_parent(output)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(
-            f"{parent} has {free / 1e9:.1f} GB free and the run may need {needed / 1e9:.1f} GB "
-            "(finished layers and the checkpoint): free some or give another --output"
-        )
 
 
 def _put_in_place(partial: Path, output: Path, previous: Path) -> None:

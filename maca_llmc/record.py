@@ -22,14 +22,14 @@ CARD = """---
 
 # {name}
 
-`{base}` quantized to **{scheme}** by {method} with
-[maca-llmc](https://pypi.org/project/maca-llmc), in the compressed-tensors format.
+`{base}` quantized to **{scheme}** by {method} with maca-llmc, in the compressed-tensors format.
 
 ```bash
 vllm serve {name}
 ```
 
-- calibration: {sequences} sequences, {tokens} tokens of {source}; lengths {lengths}; seed {seed}
+- calibration: {sequences} sequences, {tokens} tokens of {source} (count x length: {lengths}); seed
+  {seed}
 - `recipe.yaml` holds the recipe, `{record_file}` the run record (versions, data hash, losses)
 
 The licence is that of the base model{license_note}.
@@ -92,11 +92,12 @@ def base_license(source: str) -> str | None:
 def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
     """Write the model card ``README.md`` from a run record."""
     license_name, calibration = record["license"], record["calibration"]
+    tags = ["maca", "gptq"] if record["modifier"]["type"] == "MaCaModifier" else ["gptq"]
     data = ModelCardData(
         base_model=record["base_model"],
         license=license_name,
         library_name="transformers",
-        tags=["compressed-tensors", "gptq", "maca", "vllm"],
+        tags=[*tags, "compressed-tensors", "vllm"],
     )
     text = CARD.format(
         metadata=data.to_yaml(),
@@ -107,7 +108,7 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
         sequences=calibration["sequences"],
         tokens=calibration["tokens"],
         source=calibration["source"],
-        lengths=", ".join(f"{k} x {v}" for k, v in calibration["lengths"].items()),
+        lengths=", ".join(f"{v} x {k}" for k, v in calibration["lengths"].items()),
         seed=record["seed"],
         record_file=RECORD_FILE,
         license_note=f" ({license_name})" if license_name else "; its card names none",

@@ -111,7 +111,7 @@ def sweep(
     for start in range(0, weights.shape[-1], block_size):
         stop = min(start + block_size, weights.shape[-1])
         block = weights[:, :, start:stop].clone()
-        quantized, errors, squares = (torch.zeros_like(block) for _ in range(3))
+        quantized, errors, squares = (torch.empty_like(block) for _ in range(3))
         factor_block = upper[:, start:stop, start:stop]
         update(block, factor_block, quantized, errors, squares, i1=start)
         weights[:, :, start:stop] = quantized

@@ -7,6 +7,7 @@ One hidden folder beside the output, ``.NAME.run``::
     layer-0000.safetensors ...   finished layers
     progress.json    how many of them count, their hashes, and what was measured so far
     checkpoint/      the checkpoint being written
+    previous/        the output that it replaces
     spill/           hidden states that did not fit in memory
 
 ``progress.json`` is replaced in one step after a layer's file is on disk: whatever the moment of a
@@ -20,6 +21,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,8 @@ class RunState:
         for name in ("checkpoint", "spill", "previous"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         if anew:
-            (self.folder / "progress.json").unlink(missing_ok=True)
+            for name in ("identity.json", "progress.json"):
+                (self.folder / name).unlink(missing_ok=True)
         known = self._read("identity.json")
         progress = self._read("progress.json")
         if known is None or progress is None:  # killed before its first layer was finished
@@ -148,7 +151,7 @@ class RunState:
         partial.replace(self.folder / name)
 
     def _damaged(self, path: Path) -> UserError:
-        return UserError(f"{path} is damaged: start anew with --overwrite")
+        return UserError(f"{path} is damaged: start anew with --overwrite in place of --resume")
 
 
 def state_folder(output: Path) -> Path:
@@ -182,14 +185,16 @@ def _check_identity(known: dict[str, Any], identity: dict[str, Any]) -> None:
         before, now = known.get(key), identity.get(key)
         if before != now:
             raise UserError(
-                f"cannot resume: {key} was {_shown(before)} and is {_shown(now)} now; run with "
-                "what it was, or start anew with --overwrite in place of --resume"
+                f"cannot resume: {key} {_difference(before, now)}; run with what it was, or start "
+                "anew with --overwrite in place of --resume"
             )
 
 
-def _shown(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+def _difference(before: Any, now: Any) -> str:
+    """The first line in which two values differ."""
+    pairs = zip_longest(str(before).splitlines(), str(now).splitlines(), fillvalue="(nothing)")
+    was, is_ = next((one.strip(), other.strip()) for one, other in pairs if one != other)
+    return f"was {was} and is {is_} now"
 
 
 def _digest(path: Path) -> str:

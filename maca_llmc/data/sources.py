@@ -181,7 +181,9 @@ def _load(where: str, text_column: str | None, **arguments: Any) -> Sequence[Doc
         ) from error
     except (OSError, ValueError, RuntimeError) as error:  # unknown name, configuration or split
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"cannot load the data set {where}: {reason}") from error
+        raise UserError(
+            f"cannot load the data set {where}: {reason} (check --split and --config-name)"
+        ) from error
     return DatasetDocuments(dataset, text_column, where)
 
 
@@ -227,7 +229,7 @@ def _pick_column(columns: Sequence[str], text_column: str | None, where: str) ->
     wanted = " or ".join(map(repr, COLUMNS)) if text_column is None else repr(text_column)
     raise UserError(
         f"{where} has no column {wanted}: it has {', '.join(columns) or 'none'}; "
-        "name the one that holds the text"
+        "name the one that holds the text (--text-column)"
     )
 
 
@@ -244,5 +246,5 @@ def _check(value: Any, where: str) -> Document:
         return value
     raise UserError(
         f"{where} is neither text nor a list of messages with 'role' and 'content': "
-        "name the column that is"
+        "name the column that is (--text-column)"
     )

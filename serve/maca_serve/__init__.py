@@ -9,6 +9,7 @@ Each command of `maca-serve` is a function here, with the same defaults:
     maca_serve.accuracy(["base", "runs/demo/maca"])        # maca-serve accuracy
     maca_serve.throughput(["base", "runs/demo/maca"])      # maca-serve throughput
     maca_serve.compare("base", ["runs/demo/maca"])         # maca-serve compare
+    maca_serve.diagnose("runs/demo/maca", gpu="90")        # maca-serve doctor
 """
 
 from importlib import import_module
@@ -18,6 +19,7 @@ from maca_serve.errors import EngineError, RequestError, UserError
 
 if TYPE_CHECKING:
     from maca_serve.comparison import compare
+    from maca_serve.doctor import diagnose
     from maca_serve.measure import accuracy, throughput
     from maca_serve.serving import up
 
@@ -28,6 +30,7 @@ __all__ = [
     "UserError",
     "accuracy",
     "compare",
+    "diagnose",
     "throughput",
     "up",
 ]
@@ -36,6 +39,7 @@ __all__ = [
 _HOMES = {
     "accuracy": "maca_serve.measure",
     "compare": "maca_serve.comparison",
+    "diagnose": "maca_serve.doctor",
     "throughput": "maca_serve.measure",
     "up": "maca_serve.serving",
 }

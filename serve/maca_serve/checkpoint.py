@@ -77,7 +77,9 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         UserError: no folder, no readable config.json, or no weights in it.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(
+            f"{path}: no such folder (a model of the hub: `hf download NAME --local-dir DIR` first)"
+        )
     config_path = path / "config.json"
     if not config_path.is_file():
         raise UserError(f"{path}: not a checkpoint folder: it has no config.json")

@@ -29,6 +29,9 @@ app = typer.Typer(
 )
 
 
+UsageError: Any = typer.BadParameter.__base__  # of typer's own copy of click
+
+
 def _join(numbers: tuple[int, ...]) -> str:
     return ",".join(map(str, numbers))
 
@@ -217,15 +220,24 @@ def main() -> None:
     """Run the command line: 0 on success, 2 on a user's error, 130 on Ctrl-C."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
+    code: Any = 0
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], prog_name="maca-serve", standalone_mode=False)
+    except UsageError as error:
+        err.print(
+            f"error: {error.format_message()} (see maca-serve --help)", markup=False, soft_wrap=True
+        )
+        code = 2
+    except typer.Abort:
+        code = 130
     except UserError as error:
         for line in error.details if isinstance(error, EngineError) else []:
             err.print(line, style="dim", markup=False, soft_wrap=True)
         err.print(f"error: {error}", markup=False, soft_wrap=True)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    sys.exit(code)
 
 
 def _leave(number: int, frame: object) -> None:

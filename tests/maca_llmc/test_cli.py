@@ -15,6 +15,7 @@ from tiny import random_text
 
 import maca_llmc
 from maca_llmc import cli, defaults
+from maca_llmc.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -179,13 +180,14 @@ def test_every_option_reaches_the_call(here, monkeypatch, capsys):
         output.mkdir()
         return output
 
-    defaults = maca_llmc.quantize.__kwdefaults__
+    defaults = prepare.__kwdefaults__
     monkeypatch.setattr(maca_llmc, "quantize", call)
     assert run(monkeypatch, capsys, "quantize", "--output", here / "plain")[0] == 0
     assert seen == defaults
     given = options(here, recipe="r.yaml", balance="counts", text_column="t", split="s")
-    given += ["--config-name", "c", "--batch-size", "2", "--seed", "5", "--device", "cpu"]
-    given += ["--container", "4", "--whole-documents", "--overwrite"]
+    given += ["--config-name", "c", "--batch-tokens", "2", "--seed", "5", "--device", "cpu"]
+    given += ["--container", "4", "--whole-documents", "--overwrite", "--resume"]
+    given += ["--cache-gb", "1.5"]
     assert run(monkeypatch, capsys, "quantize", *given)[0] == 0
     for folder in ("plain", "out"):
         (here / folder).rmdir()
@@ -205,7 +207,26 @@ def test_every_option_reaches_the_call(here, monkeypatch, capsys):
         "device": "cpu",
         "container": 4,
         "overwrite": True,
+        "cache_gb": 1.5,
+        "resume": True,
     }
+
+
+def test_plan_takes_the_flags_of_quantize(here, monkeypatch, capsys):
+    seen = {}
+
+    def call(output, **settings):
+        seen.update(settings, output=output)
+        return {"the": "plan"}
+
+    monkeypatch.setattr(maca_llmc, "plan", call)
+    monkeypatch.setattr(cli, "print_plan", lambda plan: print(plan))
+    code, out, _ = run(monkeypatch, capsys, "plan", "--output", here / "p", "--scales", "8,16")
+    assert code == 0 and "{'the': 'plan'}" in out
+    expected = prepare.__kwdefaults__ | {"scales": [8, 16], "output": here / "p"}
+    assert seen == expected
+    code, _, lines = run(monkeypatch, capsys, "plan", "--output", here / "p", "--scale", "8")
+    assert code == 2 and "--scale" in lines[0]
 
 
 def process(code, *words, **environment):

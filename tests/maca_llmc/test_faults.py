@@ -25,7 +25,7 @@ def test_a_full_disk(tmp_path, error):
 
 def test_host_memory_says_how_much_was_asked_for(tmp_path):
     with (
-        pytest.raises(UserError, match=r"asked for \d+ bytes more\): lower --batch-tokens"),
+        pytest.raises(UserError, match=r"asked for \d+ bytes more\): lower --cache-gb"),
         named_faults(tmp_path),
     ):
         torch.empty(10**15)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from compressed_tensors.offload import set_onload_device
 from llmcompressor import oneshot
+from llmcompressor.modeling.moe import context as moe_context
 from llmcompressor.modeling.moe import conversion_mappings, linear_experts, linearize
 from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.modifiers.gptq import GPTQModifier, gptq_quantize, helpers
@@ -22,9 +23,10 @@ from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential import SequentialPipeline
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from llmcompressor.recipe import Recipe
+from llmcompressor.utils.dist import broadcast_qparams_and_cleanup
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from tiny import loader, random_sequences
-from watching import hessians_of
+from watching import linears
 
 from maca_llmc import MaCaModifier, llmcompressor_api, models
 
@@ -60,6 +62,17 @@ SIGNATURES = {
         gptq_base.CompressionLogger.set_results,
         "self name loss",
     ),
+    "assign_batches": (helpers.assign_batches, "module_list batched_quantization block_size"),
+    "batch_key": (helpers.batch_key, "module"),
+    "update_batch_qparams": (
+        helpers.update_batch_qparams,
+        "modules quantized scales zero_points global_scales quant_args",
+    ),
+    "broadcast_qparams_and_cleanup": (
+        broadcast_qparams_and_cleanup,
+        "module_list module_to_rank qparam_names skip_cpu",
+    ),
+    "moe_calibration_context": (moe_context.moe_calibration_context, ""),
     "make_empty_hessian": (helpers.make_empty_hessian, "module device"),
     "get_main_device, as the sequential pipeline calls it": (
         sequential_pipeline.get_main_device,
@@ -121,10 +134,19 @@ def test_signature(name):
     assert found == expected, f"{name} moved: its parameters were ({expected}), now ({found})"
 
 
-@pytest.mark.parametrize("attribute", ["_hessians", "_num_samples", "_module_names"])
-def test_private_attribute_of_gptq(attribute):
+@pytest.mark.parametrize(
+    ("attribute", "empty"),
+    [
+        ("_hessians", {}),
+        ("_num_samples", {}),
+        ("_module_names", {}),
+        ("_num_compressed_modules", 0),
+        ("_rtn_fallback_module_names", []),
+    ],
+)
+def test_private_attribute_of_gptq(attribute, empty):
     assert attribute in GPTQModifier.__private_attributes__, f"GPTQModifier.{attribute} is gone"
-    assert GPTQModifier.__private_attributes__[attribute].default_factory is dict
+    assert GPTQModifier.__private_attributes__[attribute].get_default() == empty
 
 
 @pytest.mark.parametrize("attribute", ["resolved_targets", "resolved_config"])
@@ -156,50 +178,9 @@ def calibrate(model, modifier, lengths=(12, 7), **kwargs):
     return model
 
 
-def test_recorded_losses_are_relative_output_errors(tiny_model):
-    """Against float64, from the weights before and after and from the Hessian itself."""
-    model = tiny_model("llama", num_hidden_layers=1, intermediate_size=128)
-    before = {name: module.weight.detach().double() for name, module in linears(model)}
-    names = {module: name for name, module in linears(model)}
-    hessians, losses = {}, {}
-
-    class Watched(MaCaModifier):
-        def compress_module_list(self, module_list):
-            found = hessians_of(self, module_list)
-            hessians.update({name: hessian.double() for name, hessian in found.items()})
-            super().compress_module_list(module_list)
-
-    fields = {**SCHEME, "scheme": None, "config_groups": groups(32), "dampening_frac": 0.01}
-    with llmcompressor_api.recorded_losses(lambda m, loss: losses.update({names[m]: loss})):
-        calibrate(model, Watched(**fields))
-    assert losses.keys() == hessians.keys() and len(losses) == 7
-    for name, module in linears(model):
-        if name == "lm_head":
-            continue
-        change, hessian = module.weight.detach().double() - before[name], hessians[name]
-        dampening = 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
-        expected = energy(change, hessian + dampening) / energy(before[name], hessian)
-        assert losses[name] == pytest.approx(float(expected), rel=1e-3), name
-
-
-def linears(model):
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-
-
 def groups(size):
     weights = {"num_bits": 4, "strategy": "group", "group_size": size}
     return {"group_0": {"targets": ["Linear"], "weights": weights}}
-
-
-def energy(weight, hessian):
-    return torch.trace(weight @ hessian @ weight.T)
-
-
-def test_recorded_losses_stop_with_the_block():
-    original = gptq_base.quantize_weight, gptq_base.CompressionLogger
-    with llmcompressor_api.recorded_losses(lambda module, loss: None):
-        assert gptq_base.quantize_weight is not original[0]
-    assert (gptq_base.quantize_weight, gptq_base.CompressionLogger) == original
 
 
 def masks_of_decoder_layers(model):

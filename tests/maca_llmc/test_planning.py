@@ -8,7 +8,7 @@ import torch
 from checkpoints import DATA, quantize
 
 import maca_llmc
-from maca_llmc import kernels, plan_table, planning, probe
+from maca_llmc import ask_doctor, plan_table, planning, probe
 from maca_llmc.errors import UserError
 from maca_llmc.prepare import prepare
 
@@ -33,7 +33,7 @@ def recipe(tmp_path):
 @pytest.fixture(autouse=True)
 def no_doctor(monkeypatch):
     """The serve environment is asked in one test of its own."""
-    monkeypatch.setattr(kernels, "find_doctor", lambda: None)
+    monkeypatch.setattr(ask_doctor, "find_doctor", lambda: None)
 
 
 def planned(source, recipe, **settings):

@@ -221,10 +221,13 @@ def test_nothing_to_resume_is_a_run_from_the_start(source, unbroken, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     {
-        "data": ({"seed": 5}, "data was"),
-        "scales": ({"scales": [8, 32]}, "data was"),
-        "batches": ({"batch_tokens": 8}, "batch tokens was 2048 and is 8 now"),
-        "recipe": ({"recipe": ROOT / "recipes" / "w8a8.maca.yaml"}, "recipe was"),
+        "data": ({"seed": 5}, r"data \(--data.*\) was"),
+        "scales": ({"scales": [8, 32]}, r"data \(--data.*\) was"),
+        "batches": ({"batch_tokens": 8}, "--batch-tokens was 2048 and is 8 now"),
+        "recipe": (
+            {"recipe": ROOT / "recipes" / "w8a8.maca.yaml"},
+            "recipe was .*: .* and is .*: .* now",
+        ),
     }.values(),
     ids=["data", "scales", "batches", "recipe"],
 )
@@ -240,7 +243,7 @@ def test_another_model_is_refused(tiny_models, killed):
 
 def test_other_versions_and_threads_are_refused(source, killed, monkeypatch):
     identity = json.loads((killed.parent / ".out.run" / "identity.json").read_text())
-    for key in ("torch version", "threads", "device", "processor"):
+    for key in ("torch version", "threads", "--device", "processor"):
         assert key in identity
     torch.set_num_threads(2)
     try:
@@ -296,6 +299,6 @@ def test_memory_that_runs_out_is_named(source, tmp_path, monkeypatch):
         torch.empty(10**15)
 
     monkeypatch.setattr(LayerKeeper, "keep", large)
-    expected = r"out of memory \(asked for 4000000000000000 bytes more\): lower --batch-tokens"
+    expected = r"out of memory \(asked for 4000000000000000 bytes more\): lower --cache-gb"
     with pytest.raises(UserError, match=expected):
         quantize(source, tmp_path / "out")

@@ -62,7 +62,8 @@ def test_up_ends_with_the_engine(fake_vllm, quantized):
 def test_error_is_one_line_on_stderr_with_code_2(tmp_path):
     done = call("accuracy", tmp_path / "nope")
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/nope: no such folder\n"
+    assert done.stderr.startswith(f"error: {tmp_path}/nope: no such folder (")
+    assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
 
@@ -77,19 +78,21 @@ def test_engine_log_stands_before_the_error(fake_vllm, quantized):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "culprit"),
     [
-        ["up"],
-        ["up", "x", "--trust-remote-code"],
-        ["compare", "base"],
-        ["accuracy", "x", "--windows", "many"],
-        ["fly"],
+        (["up"], "DIR"),
+        (["up", "x", "--trust-remote-code"], "--trust-remote-code"),
+        (["compare", "base"], "DIR"),
+        (["accuracy", "x", "--windows", "many"], "many"),
+        (["fly"], "fly"),
     ],
 )
-def test_usage_errors(arguments):
+def test_usage_errors_are_one_line_too(arguments, culprit):
     done = call(*arguments)
-    assert done.returncode == 2
-    assert "Usage: " in done.stderr
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and culprit in line
+    assert line.endswith("(see maca-serve --help)")
 
 
 @pytest.mark.parametrize(

@@ -74,4 +74,5 @@ def test_one_subject(arguments):
 def test_bad_input_is_one_line(tmp_path):
     done = subprocess.run([*MAIN, str(tmp_path / "no")], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/no: no such folder\n"
+    assert done.stderr.startswith(f"error: {tmp_path}/no: no such folder (")
+    assert done.stderr.count("\n") == 1

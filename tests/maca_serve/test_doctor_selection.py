@@ -193,7 +193,11 @@ def test_groups_that_ranks_would_tear_apart(hopper):
 def test_a_missing_package_is_a_condition(hopper):
     for entry in variant(hopper, "w3")["layers"]:
         assert entry["kernel"] is None
-        assert entry["with_packages"] == {"kernel": "HummingLinearKernel", "needs": ["humming"]}
+        assert entry["with_packages"] == {
+            "kernel": "HummingLinearKernel",
+            "needs": ["humming"],
+            "install": ["humming-kernels"],
+        }
 
 
 def test_ampere_runs_fp8_weight_only(ampere, hopper):

@@ -1,5 +1,7 @@
 """What tests of the modifier share: a scheme that fits tiny models, and a look at its Hessians."""
 
+import torch
+
 SCHEME = {
     "config_groups": {
         "group_0": {
@@ -35,3 +37,8 @@ def counts_of(modifier, module_list):
         count = float(modifier._num_samples[module])
         found |= {modifier._module_names[member]: count for member in members}
     return found
+
+
+def linears(model):
+    """Name and module of each Linear."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]

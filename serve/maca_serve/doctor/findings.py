@@ -29,7 +29,7 @@ def describe(
         not load`, or `unknown` where nobody was asked); `problems` (severity `error`, `warning` or
         `note`; what, cure, count, up to three modules); `layers`, one entry for all layers of one
         look: layer, count, class, parts, shape and partition as [output, input] features, scheme,
-        kernel, refused [{kernel, reason, needs}], with_packages {kernel, needs} or null,
+        kernel, refused [{kernel, reason, needs}], with_packages {kernel, needs, install} or null,
         falls_back_from, error; and `changes` that would help, [{change, kernels}].
     """
     layers = [_complete(entry) for entry in answer.get("layers", [])]

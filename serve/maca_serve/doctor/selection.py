@@ -9,7 +9,13 @@ import torch
 
 from maca_serve.doctor.building import as_rank_of, build, share
 from maca_serve.doctor.fusing import Layer, fuse, model_class
-from maca_serve.doctor.simulation import Availability, assume_compiled, packages, simulate
+from maca_serve.doctor.simulation import (
+    PACKAGES,
+    Availability,
+    assume_compiled,
+    packages,
+    simulate,
+)
 from maca_serve.doctor.trace import Recorder, kernels
 
 Answer = dict[str, Any]
@@ -137,7 +143,11 @@ class _Chooser:
             **plain,
         }
         if pretended["kernel"] != plain["kernel"] and pretended["kernel"] is not None:
-            entry["with_packages"] = {"kernel": pretended["kernel"], "needs": pretended["needs"]}
+            entry["with_packages"] = {
+                "kernel": pretended["kernel"],
+                "needs": pretended["needs"],
+                "install": [PACKAGES[name] for name in pretended["needs"]],
+            }
         if plain["quantized"] and plain["refusals"]:
             roomy = Layer(layer.name, "ReplicatedLinear", layer.parts, (ROOMY,), ROOMY)
             entry["roomy_kernel"] = self._build(roomy, quantization, pretend=False)["kernel"]

@@ -1,6 +1,6 @@
 import pytest
 
-from maca_llmc.weights import sequence_segments, total_weight
+from maca_llmc.token_weights import sequence_segments, total_weight
 
 
 def brute_force(length, exponent, scales, reference):

@@ -23,7 +23,9 @@ LANES = 64
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
-def _sweep(work, factor, scale, zero_point, low, high, in_bfloat16, quantized, errors):  # type: ignore[no-untyped-def]
+def _sweep(  # type: ignore[no-untyped-def]
+    work, factor, scale, zero_point, shifted, low, high, in_bfloat16, quantized, errors
+):
     # all but the factor are [chunks, columns, LANES]: what is done to a column is done to all rows
     chunks, width, _ = work.shape
     for chunk in numba.prange(chunks):
@@ -32,7 +34,8 @@ def _sweep(work, factor, scale, zero_point, low, high, in_bfloat16, quantized, e
         for column in range(width):
             diagonal = factor[column, column]
             for lane in range(LANES):
-                own, shift = step[column, lane], zero[column, lane]
+                own = step[column, lane]
+                shift = zero[column, lane] if shifted else np.float32(0)
                 code = np.rint(min(max(left[column, lane] / own + shift, low), high))
                 value[column, lane] = (code - shift) * own
             if in_bfloat16:
@@ -72,13 +75,15 @@ def sweep_block(
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made at run time
     numba.set_num_threads(min(threads, most))
     lanes = _in_lanes(work)
-    zeros = torch.zeros_like(lanes) if zero_point is None else _in_lanes(zero_point)
+    steps = _in_lanes(scale, padding=1.0)
+    shifted = zero_point is not None
     values, differences = torch.empty_like(lanes), torch.empty_like(lanes)
     _sweep(
         lanes.numpy(),
         factor.contiguous().numpy(),
-        _in_lanes(scale, padding=1.0).numpy(),
-        zeros.numpy(),
+        steps.numpy(),
+        (_in_lanes(zero_point) if zero_point is not None else steps).numpy(),  # or not looked at
+        shifted,
         np.float32(code_range[0]),
         np.float32(code_range[1]),
         scale.dtype == torch.bfloat16,

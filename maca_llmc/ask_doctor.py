@@ -105,4 +105,4 @@ def _kernel(layer: dict[str, Any]) -> str:
     chosen, better = layer["kernel"] or "none", layer["with_packages"]
     if not better:
         return chosen
-    return f"{chosen}, or {better['kernel']} with {' and '.join(better['needs'])}"
+    return f"{chosen}, or {better['kernel']} with {' and '.join(better['install'])}"

@@ -90,7 +90,7 @@ def test_codes_are_those_of_the_eager_sweep(scheme, dtype, monkeypatch):
 THREADS = """
 import torch
 torch.set_num_threads(1)
-from maca_llmc.sweep import sweep_block
+from maca_llmc.compiled_sweep import sweep_block
 work = torch.randn(4, 8)
 step, out, errors = (torch.ones_like(work) for _ in range(3))
 sweep_block(work, torch.eye(8), step, None, (-8, 7), out, errors)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from checkpoints import DATA
 
-from maca_llmc import kernels
+from maca_llmc import ask_doctor
 from maca_llmc.prepare import prepare
 
 ANSWER = {
@@ -16,7 +16,7 @@ ANSWER = {
             "quantized": True,
             "count": 2,
             "kernel": "MarlinLinearKernel",
-            "with_packages": {"kernel": "HummingLinearKernel", "needs": ["humming"]},
+            "with_packages": {"kernel": "HummingLinearKernel", "install": ["humming-kernels"]},
         },
         {"quantized": True, "count": 1, "kernel": None, "with_packages": None},
         {"quantized": False, "count": 9, "kernel": None, "with_packages": None},
@@ -35,7 +35,7 @@ def doctor(tmp_path, monkeypatch):
         script = tmp_path / "maca-serve"
         script.write_text(f"#!{sys.executable}\nimport json, sys\n{code}\n")
         script.chmod(0o755)
-        monkeypatch.setattr(kernels, "find_doctor", lambda: script)
+        monkeypatch.setattr(ask_doctor, "find_doctor", lambda: script)
 
     return answering
 
@@ -51,7 +51,7 @@ def test_every_target_is_asked_about_the_checkpoint_to_be(run, doctor):
         "assert shapes['config']['model_type'] == 'llama'\n"
         f"print({json.dumps(ANSWER)!r})"
     )
-    found = kernels.ask_kernels(run)
+    found = ask_doctor.ask_kernels(run)
     assert [entry["target"] for entry in found] == [
         "this machine",
         "compute capability 8.0 (A100)",
@@ -62,21 +62,21 @@ def test_every_target_is_asked_about_the_checkpoint_to_be(run, doctor):
     for entry in found:
         assert entry["verdict"] == "loads"
         assert entry["kernels"] == {
-            "MarlinLinearKernel, or HummingLinearKernel with humming": 2,
+            "MarlinLinearKernel, or HummingLinearKernel with humming-kernels": 2,
             "none": 1,
         }
 
 
 def test_a_doctor_that_fails_leaves_it_unknown_and_says_why(run, doctor):
     doctor("sys.exit('error: vllm is not installed here')")
-    for entry in kernels.ask_kernels(run):
+    for entry in ask_doctor.ask_kernels(run):
         assert entry["unknown"] == "error: vllm is not installed here"
 
 
 def test_without_a_serve_environment_it_is_unknown(run, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
-    (entry,) = kernels.ask_kernels(run)
+    (entry,) = ask_doctor.ask_kernels(run)
     assert "make setup" in entry["unknown"]
 
 
@@ -86,7 +86,7 @@ def test_the_serve_environment_beside_this_one_is_found(monkeypatch, tmp_path):
     script = tmp_path / ".venv-serve" / "bin" / "maca-serve"
     script.parent.mkdir(parents=True)
     script.touch()
-    assert kernels.find_doctor() == script
+    assert ask_doctor.find_doctor() == script
 
 
 def test_containers_are_what_is_asked_about(tiny_models, tmp_path):
@@ -97,5 +97,5 @@ def test_containers_are_what_is_asked_about(tiny_models, tmp_path):
     )
     source = str(tiny_models("llama"))
     run = prepare("nowhere", model=source, recipe=recipe, container=4, **DATA)
-    groups = kernels.checkpoint_to_be(run)["config"]["quantization_config"]["config_groups"]
+    groups = ask_doctor.checkpoint_to_be(run)["config"]["quantization_config"]["config_groups"]
     assert [group["weights"]["num_bits"] for group in groups.values()] == [4]

@@ -1,0 +1,146 @@
+"""Quantize the stacked rows of modules that share a Hessian, as llm-compressor would each alone."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import ActivationOrdering, QuantizationStrategy
+
+from maca_llmc.llmcompressor_api import (
+    assign_batches,
+    batch_key,
+    disable_offloading,
+    gptq_block_update,
+    update_batch_qparams,
+)
+from maca_llmc.losses import active_report, relative_error, row_energies
+from maca_llmc.solve import BlockUpdate, Factor, sweep
+
+QuantizedModule = Any
+"""A module that llm-compressor gave a ``quantization_scheme`` and a ``weight_observer``."""
+
+ROWS_PER_STACK = 32768
+"""Rows swept at once: what bounds the memory of a solve for hundreds of experts."""
+
+BY_ROW = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+"""Strategies whose scales belong to rows, so that rows of several modules can be stacked."""
+
+
+def row_stacks(modules: list[QuantizedModule]) -> list[list[QuantizedModule]]:
+    """Split modules of one input into stacks whose rows one sweep can quantize.
+
+    Together go modules of the same quantization arguments, dtype and device, where scales belong
+    to rows; any other module stays by itself.
+    """
+    stacks: list[list[QuantizedModule]] = []
+    open_stacks: dict[Any, list[QuantizedModule]] = {}
+    for module in modules:
+        key = batch_key(module)
+        if key is None or module.quantization_scheme.weights.strategy not in BY_ROW:
+            stacks.append([module])
+            continue
+        shape, *alike = key
+        like = (shape[1], *alike)
+        stack = open_stacks.get(like)
+        if stack is None or sum(len(m.weight) for m in stack) + shape[0] > ROWS_PER_STACK:
+            stack = open_stacks[like] = []
+            stacks.append(stack)
+        stack.append(module)
+    return stacks
+
+
+def solve_batches(
+    modules: list[QuantizedModule], batched: str | int | None, block_size: int
+) -> list[list[QuantizedModule]]:
+    """Modules of different inputs that llm-compressor would solve side by side."""
+    return assign_batches(modules, batched, block_size)
+
+
+@torch.no_grad()
+def quantize_stacks(
+    stacks: list[list[QuantizedModule]],
+    factors: list[Factor],
+    hessians: list[torch.Tensor],
+    block_size: int,
+) -> None:
+    """Quantize stacks of modules side by side, each stack with a Hessian of its own.
+
+    The codes are those that llm-compressor's ``quantize_weight`` gives each module alone.
+
+    :param stacks: as :func:`row_stacks` makes them, all of one shape
+    :param factors: of each stack's Hessian
+    :param hessians: float32 ``[d, d]``, one a stack, to relate losses to
+    """
+    with disable_offloading():
+        args = stacks[0][0].quantization_scheme.weights
+        modules = [module for stack in stacks for module in stack]
+        qparams = {module: module.weight_observer.get_qparams() for module in modules}
+        weights = _stacked(stacks, lambda module: module.weight.float())
+        update = _block_update(stacks, qparams, args, factors)
+        report = active_report()
+        if report is not None:
+            energies = torch.stack(
+                [row_energies(w, hessian) for w, hessian in zip(weights, hessians, strict=True)]
+            )
+        quantized, losses = sweep(weights, factors, update, block_size)
+        rows = [len(module.weight) for module in stacks[0]]
+        # by module and not stacked as stock's, which are only ever indexed
+        parts: Any = [part for stacked in quantized for part in stacked.split(rows)]
+        scales: Any = [qparams[module]["scale"] for module in modules]
+        zero_points: Any = [qparams[module]["zero_point"] for module in modules]
+        global_scales: Any = _global_scales(modules, qparams)
+        update_batch_qparams(modules, parts, scales, zero_points, global_scales, args)
+    if report is not None:
+        sums = zip(modules, _sums(losses, rows), _sums(energies, rows), strict=True)
+        for module, loss, energy in sums:
+            report(module, relative_error(loss, energy))
+
+
+def _sums(values: torch.Tensor, rows: list[int]) -> list[float]:
+    return [float(part.sum()) for stacked in values for part in stacked.split(rows)]
+
+
+def _stacked(stacks: Any, of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    return torch.stack([torch.cat([of(module) for module in stack]) for stack in stacks])
+
+
+def _global_scales(modules: Any, qparams: Any) -> list[torch.Tensor] | None:
+    if qparams[modules[0]]["global_scale"] is None:
+        return None
+    return [qparams[module]["global_scale"].reshape(-1)[0] for module in modules]
+
+
+def _block_update(stacks: Any, qparams: Any, args: Any, factors: list[Factor]) -> BlockUpdate:
+    """llm-compressor's block update, given everything but the block."""
+    global_scales = _global_scales([stack[0] for stack in stacks], qparams)
+    return partial(
+        gptq_block_update,
+        scale=_per_stack(stacks, lambda module: qparams[module]["scale"]),
+        zero_point=_per_stack(stacks, lambda module: qparams[module]["zero_point"]),
+        global_scale=None if global_scales is None else torch.stack(global_scales),
+        g_idx=_column_groups(args, factors),
+        quant_args=args,
+    )
+
+
+def _per_stack(stacks: Any, of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    """As ``_stacked``, but a stack of one may have a scale that is no matrix."""
+    return torch.stack(
+        [of(stack[0]) if len(stack) == 1 else torch.cat([of(m) for m in stack]) for stack in stacks]
+    )
+
+
+def _column_groups(args: Any, factors: list[Factor]) -> torch.Tensor | None:
+    """Which scale each column has, in the order of the sweep; None where columns share one."""
+    if args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
+        size = args.group_size
+    elif args.strategy == QuantizationStrategy.BLOCK:
+        size = args.block_structure[1]
+    else:
+        return None
+    upper = factors[0].upper
+    groups = torch.arange(upper.shape[0], device=upper.device, dtype=torch.int) // size
+    if args.actorder == ActivationOrdering.WEIGHT:
+        return torch.stack([groups[factor.order] for factor in factors])
+    return groups
