@@ -29,7 +29,7 @@ def layer_progress(
     :param finished: layers that are only passed through, their calibration done in an earlier run
     """
     bar = tqdm.tqdm(
-        total=(len(layers) * PASSES - 1 - min(finished, len(layers) - 1)) * batches,
+        total=(len(layers) * PASSES - 1 - finished) * batches,
         desc=f"layer 1/{len(layers)}",
         bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} elapsed, {remaining} left",
         mininterval=0.5 if sys.stderr.isatty() else 15,

@@ -146,7 +146,8 @@ def test_signature(name):
 )
 def test_private_attribute_of_gptq(attribute, empty):
     assert attribute in GPTQModifier.__private_attributes__, f"GPTQModifier.{attribute} is gone"
-    assert GPTQModifier.__private_attributes__[attribute].get_default() == empty
+    found = GPTQModifier.__private_attributes__[attribute]
+    assert (found.default_factory or (lambda: found.default))() == empty
 
 
 @pytest.mark.parametrize("attribute", ["resolved_targets", "resolved_config"])

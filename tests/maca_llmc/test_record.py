@@ -14,6 +14,7 @@ RUN = {
     "license": "apache-2.0",
     "scheme": "W4A16 int, group 32, symmetric",
     "method": "MaCa (p = 1)",
+    "modifier": {"type": "MaCaModifier"},
     "seed": 7,
     "calibration": {
         "sequences": 6,
@@ -32,10 +33,18 @@ def test_the_card_is_valid_and_says_what_was_done(tmp_path):
     for part in (
         "`org/base` quantized to **W4A16 int, group 32, symmetric** by MaCa (p = 1)",
         "vllm serve model-w4",
-        "6 sequences, 96 tokens of a list of 24 documents; lengths 8 x 4, 32 x 2; seed 7",
+        "6 sequences, 96 tokens of a list of 24 documents (count x length: 4 x 8, 2 x 32); seed"
+        "   7",
         "that of the base model (apache-2.0).",
     ):
         assert part in card.text.replace("\n", " ") or part in card.text, part
+
+
+@pytest.mark.parametrize(("modifier", "tagged"), [("MaCaModifier", True), ("GPTQModifier", False)])
+def test_only_what_maca_made_is_tagged_so(tmp_path, modifier, tagged):
+    record.write_card(tmp_path, "m", RUN | {"modifier": {"type": modifier}})
+    tags = ModelCard.load(tmp_path / "README.md").data.tags
+    assert ("maca" in tags) == tagged and {"gptq", "vllm"} <= set(tags)
 
 
 def test_a_card_without_a_licence_says_so(tmp_path):

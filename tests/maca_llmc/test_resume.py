@@ -226,7 +226,7 @@ def test_nothing_to_resume_is_a_run_from_the_start(source, unbroken, tmp_path):
         "batches": ({"batch_tokens": 8}, "--batch-tokens was 2048 and is 8 now"),
         "recipe": (
             {"recipe": ROOT / "recipes" / "w8a8.maca.yaml"},
-            "recipe was .*: .* and is .*: .* now",
+            r"recipe was \S.* and is \S.* now",
         ),
     }.values(),
     ids=["data", "scales", "batches", "recipe"],

@@ -163,7 +163,9 @@ class TestHub:
             raise ValueError("Unknown split \"dev\". Should be one of ['train'].\nmore")
 
         monkeypatch.setattr("maca_llmc.data.sources.load_dataset", refuse)
-        with pytest.raises(UserError, match=r"somebody/data: Unknown split .*'train'\]\.$"):
+        with pytest.raises(
+            UserError, match=r"somebody/data: Unknown split .*'train'\]\. \(check --split"
+        ):
             read_documents("somebody/data", split="dev")
 
     def test_name_configuration_and_split_are_passed_on(self, monkeypatch):
