@@ -220,6 +220,8 @@ def main() -> None:
     """Run the command line: 0 on success, 2 on a user's error, 130 on Ctrl-C."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
+    # a shell starts what it puts in the background with this one ignored, and so would we
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code: Any = 0
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="maca-serve", standalone_mode=False)

@@ -83,7 +83,7 @@ def test_engine_log_stands_before_the_error(fake_vllm, quantized):
         (["up"], "DIR"),
         (["up", "x", "--trust-remote-code"], "--trust-remote-code"),
         (["compare", "base"], "DIR"),
-        (["accuracy", "x", "--windows", "many"], "many"),
+        (["accuracy", "x", "--windows", "many"], "--windows"),
         (["fly"], "fly"),
     ],
 )
