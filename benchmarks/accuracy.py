@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import maca_llmc
 from maca_llmc import record
 from maca_llmc.data import read_documents
+from maca_llmc.evaluation import Reference
 
 HERE = Path(__file__).parent
 CELLS = HERE / "results" / "accuracy.jsonl"
@@ -34,7 +36,8 @@ EVALUATION = DATA / "wikitext2_test_raw.txt"
 
 TOKENS = 16_384
 LENGTHS = (128, 512, 2048)
-WINDOWS = 32
+WINDOWS = 12
+TARGETS = 96
 MIXED = (128, 256, 512, 1024, 2048)
 NGRAM = 13
 BASELINES = ("gptq-512", "gptq-2048")
@@ -83,7 +86,7 @@ def missing_cells(arguments: argparse.Namespace) -> list[dict]:
         for scheme in arguments.schemes
         for method in arguments.methods
         for model in arguments.models
-        for values in [(model, scheme, method, seed)]
+        for values in [(Path(model).name, scheme, method, seed)]
     ]
     return [cell for cell in wanted if tuple(cell[key] for key in KEY) not in there]
 
@@ -111,7 +114,13 @@ def recipe_of(scheme: str, fields: dict) -> dict:
     return {"quantize_stage": {"quantize_modifiers": {"MaCaModifier": modifier}}}
 
 
-def run_cell(cell: dict) -> dict:
+@cache
+def reference(model: str) -> Reference:
+    """What the unquantized model answers."""
+    return Reference(model, text=EVALUATION, lengths=LENGTHS, windows=WINDOWS, targets=TARGETS)
+
+
+def run_cell(cell: dict, model: str) -> dict:
     """Quantize and evaluate one cell."""
     fields, data = METHODS[cell["method"]]
     with tempfile.TemporaryDirectory() as name:
@@ -120,7 +129,7 @@ def run_cell(cell: dict) -> dict:
         recipe.write_text(yaml.safe_dump(recipe_of(cell["scheme"], fields)))
         checkpoint = maca_llmc.quantize(
             folder / "checkpoint",
-            model=cell["model"],
+            model=model,
             recipe=recipe,
             data=CALIBRATION,
             tokens=TOKENS,
@@ -128,17 +137,20 @@ def run_cell(cell: dict) -> dict:
             **data,
         )
         run = json.loads((checkpoint / record.RECORD_FILE).read_text())
-        results = maca_llmc.evaluate(
-            cell["model"], [checkpoint], text=EVALUATION, lengths=LENGTHS, windows=WINDOWS
-        )
+        results = reference(model).compare(checkpoint)
     return {
         **cell,
-        "kl": results["checkpoints"][1]["kl"],
-        "perplexity": results["checkpoints"][1]["perplexity"],
-        "base_perplexity": results["checkpoints"][0]["perplexity"],
-        "calibration": run["calibration"],
-        "versions": results["versions"],
-        "machine": results["machine"],
+        "kl": results["kl"],
+        "perplexity": results["perplexity"],
+        "base_perplexity": reference(model).own["perplexity"],
+        "settings": {
+            k: v for k, v in reference(model).settings.items() if k not in ("base", "text")
+        },
+        "tokens": run["calibration"]["tokens"],
+        "wall_seconds": run["wall_seconds"],
+        "raised_dampening": len(run["raised_dampening"]),
+        "versions": record.versions(),
+        "machine": record.machine(),
     }
 
 
@@ -151,8 +163,9 @@ def run(arguments: argparse.Namespace) -> None:
     if shared:
         sys.exit(f"calibration and evaluation text share {len(shared)} runs of {NGRAM} words")
     CELLS.parent.mkdir(exist_ok=True)
+    folders = {Path(model).name: model for model in arguments.models}
     for cell in tqdm(missing_cells(arguments), desc="cells"):
-        done = run_cell(cell)
+        done = run_cell(cell, folders[cell["model"]])
         with CELLS.open("a") as file:
             file.write(json.dumps(done) + "\n")
 

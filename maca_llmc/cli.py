@@ -157,8 +157,11 @@ def evaluate(
         map(str, defaults.EVALUATION_LENGTHS)
     ),
     windows: Annotated[
-        int, typer.Option(help="Target blocks of 32 tokens.")
+        int, typer.Option(help="How many target blocks.")
     ] = defaults.EVALUATION_WINDOWS,
+    targets: Annotated[
+        int, typer.Option(help="Tokens of a target block.")
+    ] = defaults.EVALUATION_TARGETS,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
@@ -169,6 +172,7 @@ def evaluate(
         text=text,
         lengths=_numbers(lengths, "--lengths") or [],
         windows=windows,
+        targets=targets,
         device=device,
     )
     if output is not None:

@@ -17,3 +17,6 @@ EVALUATION_LENGTHS = (64, 256, 1024)
 
 EVALUATION_WINDOWS = 16
 """Target blocks to evaluate on."""
+
+EVALUATION_TARGETS = 32
+"""Tokens of a target block."""

@@ -22,13 +22,17 @@ from maca_llmc.device import resolve_device
 from maca_llmc.errors import UserError
 from maca_llmc.progress import quiet
 
-TARGETS = 32
-"""Tokens at the end of each input that are scored."""
+TOKENS_AT_ONCE = 2048
+"""Tokens of inputs of one length that go through a model together."""
+
+
+Answer = tuple[int, torch.Tensor, torch.Tensor]
+"""Input length, target ids ``[targets]``, and a model's logits for them ``[targets, V]``."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """One document span whose last ``TARGETS`` tokens are scored under inputs of any length.
+    """One document span whose last tokens are scored under inputs of any length.
 
     :param tokens: the longest input, without the special tokens in front
     """
@@ -73,6 +77,7 @@ def evaluate(
     text: Any = None,
     lengths: Sequence[int] = defaults.EVALUATION_LENGTHS,
     windows: int = defaults.EVALUATION_WINDOWS,
+    targets: int = defaults.EVALUATION_TARGETS,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Compare checkpoints with their base model on the same target tokens.
@@ -81,50 +86,110 @@ def evaluate(
     :param checkpoints: folders of quantized models
     :param text: evaluation text, as ``read_documents`` takes it; the shipped sample if None
     :param lengths: input lengths in tokens, increasing, the longest within the context
-    :param windows: target blocks of 32 tokens; the base's probabilities for all of them are kept:
-        4 bytes x vocabulary x 32 x windows x lengths
+    :param windows: how many spans of the longest length
+    :param targets: tokens scored at the end of each; the base's answers to all of them are kept:
+        2 bytes x vocabulary x targets x windows x lengths
     :param device: "auto", "cpu", "cuda" or "cuda:N"
     :return: settings and, per checkpoint, ``kl`` and ``perplexity`` by length, each with its
         standard error over windows, and each window's own (KL divergence, and negative
         log-likelihood) for paired comparisons
     :raises UserError: for inputs that make no sense, or a folder that is not quantized
     """
-    where = resolve_device(device)
-    source = models.resolve_model(base)
-    context = models.context_length(models.load_config(source))
-    tokenizer = models.load_tokenizer(source)
-    prefix = special_prefix(tokenizer)
-    _check_lengths(lengths, len(prefix), context)
-    if windows < 1:
-        raise UserError(f"--windows {windows}: give 1 or more")
     for folder in checkpoints:
         check_quantized(Path(folder))
-    documents = read_documents(EVALUATION_SAMPLE if text is None else text)
-    ids = [tokenize(tokenizer, document, prefix) for document in documents]
-    spans = cut_spans(ids, lengths[-1] - len(prefix), windows)
-    inputs = {
-        length: [torch.tensor(span.input_of(length, prefix)) for span in spans]
-        for length in lengths
-    }
-    reference = _target_log_probabilities(_load(source, where), inputs, "base")
-    entries = [_entry("base", source, inputs, reference, reference)]
-    for folder in checkpoints:
-        name = Path(folder).name
-        own = _target_log_probabilities(_load(str(folder), where), inputs, name)
-        entries.append(_entry(name, str(folder), inputs, reference, own))
+    reference = Reference(
+        base, text=text, lengths=lengths, windows=windows, targets=targets, device=device
+    )
     return {
         "machine": record.machine(),
         "versions": record.versions(),
-        "settings": {
+        "settings": reference.settings,
+        "checkpoints": [reference.own, *map(reference.compare, map(Path, checkpoints))],
+    }
+
+
+class Reference:
+    """What a base model answers at the target tokens of a text, to compare checkpoints with.
+
+    Parameters are those of :func:`evaluate`.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        text: Any,
+        lengths: Sequence[int],
+        windows: int,
+        targets: int,
+        device: str = "auto",
+    ) -> None:
+        self._device = resolve_device(device)
+        source = models.resolve_model(base)
+        context = models.context_length(models.load_config(source))
+        tokenizer = models.load_tokenizer(source)
+        prefix = special_prefix(tokenizer)
+        _check_counts(windows, targets)
+        _check_lengths(lengths, targets + max(len(prefix), 1), context)
+        documents = read_documents(EVALUATION_SAMPLE if text is None else text)
+        ids = [tokenize(tokenizer, document, prefix) for document in documents]
+        spans = cut_spans(ids, lengths[-1] - len(prefix), windows)
+        self._targets = targets
+        self._inputs = {
+            length: torch.tensor([span.input_of(length, prefix) for span in spans])
+            for length in lengths
+        }
+        self.settings = {
             "base": base,
             "text": "the shipped evaluation sample" if text is None else str(text),
             "lengths": list(lengths),
             "windows": windows,
-            "targets": TARGETS,
+            "targets": targets,
             "special_prefix": prefix,
-        },
-        "checkpoints": entries,
-    }
+        }
+        self._logits: dict[int, list[torch.Tensor]] = {length: [] for length in lengths}
+        for length, _, logits in self._answers(source, "base"):
+            self._logits[length].append(logits)
+        self.own = self._entry("base", source, self._replayed())
+        """The base's own entry, of the form that :meth:`compare` gives."""
+
+    def compare(self, folder: Path) -> dict[str, Any]:
+        """Name, path, and ``kl`` and ``perplexity`` by length, of a quantized checkpoint."""
+        answers = self._answers(str(folder), folder.name)
+        return self._entry(folder.name, str(folder), answers)
+
+    @torch.no_grad()
+    def _answers(self, source: str, name: str) -> Iterator[Answer]:
+        model = _load(source, self._device)
+        total = sum(ids.numel() for ids in self._inputs.values())
+        # in tokens, so that what is left is estimated with long inputs counted as long
+        with tqdm.tqdm(total=total, desc=name, unit="token") as bar:
+            for length, ids in self._inputs.items():
+                for batch in ids.split(max(1, TOKENS_AT_ONCE // length)):
+                    output = model(batch.to(model.device), logits_to_keep=self._targets + 1)
+                    for window, logits in zip(batch, output.logits[:, :-1].cpu(), strict=True):
+                        yield length, window[-self._targets :], logits
+                    bar.update(batch.numel())
+
+    def _replayed(self) -> Iterator[Answer]:
+        for length, ids in self._inputs.items():
+            for window, logits in zip(ids, self._logits[length], strict=True):
+                yield length, window[-self._targets :], logits
+
+    def _entry(self, name: str, path: str, answers: Iterator[Answer]) -> dict[str, Any]:
+        kl: dict[int, list[float]] = {length: [] for length in self._inputs}
+        nll: dict[int, list[float]] = {length: [] for length in self._inputs}
+        for length, targets, logits in answers:
+            p = self._logits[length][len(kl[length])].float().log_softmax(dim=-1)
+            q = logits.float().log_softmax(dim=-1)
+            kl[length].append(float((p.exp() * (p - q)).sum(-1).mean()))
+            nll[length].append(-float(q.gather(1, targets[:, None]).mean()))
+        return {
+            "name": name,
+            "path": path,
+            "kl": {str(length): _divergence(values) for length, values in kl.items()},
+            "perplexity": {str(length): _perplexity(values) for length, values in nll.items()},
+        }
 
 
 def check_quantized(folder: Path) -> None:
@@ -142,9 +207,14 @@ def check_quantized(folder: Path) -> None:
         raise UserError(f"{folder} is not a quantized checkpoint: make one with maca-llmc quantize")
 
 
-def _check_lengths(lengths: Sequence[int], overhead: int, context: int | None) -> None:
+def _check_counts(windows: int, targets: int) -> None:
+    for flag, value in (("--windows", windows), ("--targets", targets)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: give 1 or more")
+
+
+def _check_lengths(lengths: Sequence[int], least: int, context: int | None) -> None:
     shown = ",".join(map(str, lengths))
-    least = TARGETS + max(overhead, 1)  # each target is predicted from something
     if not lengths or sorted(set(lengths)) != list(lengths) or lengths[0] < least:
         raise UserError(f"lengths {shown}: give increasing lengths of {least} tokens or more")
     if context is not None and lengths[-1] > context:
@@ -162,57 +232,15 @@ def _load(source: str, device: torch.device) -> Any:
     return model.to(device)
 
 
-Inputs = dict[int, list[torch.Tensor]]
+def _divergence(windows: list[float]) -> dict[str, Any]:
+    mean, error = mean_and_error(windows)
+    return {"mean": mean, "stderr": error, "windows": windows}
 
 
-@torch.no_grad()
-def _target_log_probabilities(
-    model: Any, inputs: Inputs, name: str
-) -> dict[int, list[torch.Tensor]]:
-    """Log-probabilities over the vocabulary at each target, ``[TARGETS, V]`` float32 each."""
-    result: dict[int, list[torch.Tensor]] = {length: [] for length in inputs}
-    for length, ids in _with_progress(inputs, name):
-        logits = model(input_ids=ids[None].to(model.device), logits_to_keep=TARGETS + 1).logits
-        result[length].append(logits[0, :-1].float().log_softmax(dim=-1).cpu())
-    return result
-
-
-def _with_progress(inputs: Inputs, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-    pairs = [(length, ids) for length, windows in inputs.items() for ids in windows]
-    # in tokens, so that what is left is estimated with long inputs counted as long
-    with tqdm.tqdm(total=sum(len(ids) for _, ids in pairs), desc=name, unit="token") as bar:
-        for length, ids in pairs:
-            yield length, ids
-            bar.update(len(ids))
-
-
-def _entry(
-    name: str,
-    path: str,
-    inputs: Inputs,
-    reference: dict[int, list[torch.Tensor]],
-    own: dict[int, list[torch.Tensor]],
-) -> dict[str, Any]:
-    divergence, perplexity = {}, {}
-    for length, windows in inputs.items():
-        kl = [
-            float((p.exp() * (p - q)).sum(-1).mean())
-            for p, q in zip(reference[length], own[length], strict=True)
-        ]
-        nll = [
-            -float(q.gather(1, ids[-TARGETS:, None]).mean())
-            for q, ids in zip(own[length], windows, strict=True)
-        ]
-        mean, error = mean_and_error(kl)
-        divergence[str(length)] = {"mean": mean, "stderr": error, "windows": kl}
-        mean, error = mean_and_error(nll)
-        perplexity[str(length)] = {
-            "ppl": math.exp(mean),
-            "stderr": math.exp(mean) * error,
-            "nll": mean,
-            "windows": nll,
-        }
-    return {"name": name, "path": path, "kl": divergence, "perplexity": perplexity}
+def _perplexity(windows: list[float]) -> dict[str, Any]:
+    mean, error = mean_and_error(windows)
+    perplexity = math.exp(mean)
+    return {"ppl": perplexity, "stderr": perplexity * error, "nll": mean, "windows": windows}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -11,6 +11,9 @@ from safetensors import SafetensorError
 
 from maca_llmc.errors import UserError
 
+EXHAUSTED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+"""How torch says it: its allocator on Linux and elsewhere, and a file that it cannot map."""
+
 ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 
 
@@ -48,7 +51,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(
-        said in str(error) for said in ("can't allocate memory", "not enough memory")
+        said in str(error)
+        for said in ("can't allocate memory", "not enough memory", "Cannot allocate memory")
     )
 
 

@@ -9,10 +9,11 @@ from checkpoints import load, quantize
 from tiny import random_text, save_tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from maca_llmc import evaluate, models
+from maca_llmc import defaults, evaluate, models
 from maca_llmc.errors import UserError
-from maca_llmc.evaluation import TARGETS, Window, cut_spans, mean_and_error
+from maca_llmc.evaluation import Window, cut_spans, mean_and_error
 
+TARGETS = defaults.EVALUATION_TARGETS
 LENGTHS = [40, 64]
 WINDOWS = 3
 TEXT = random_text(documents=2, length=140, seed=5)
@@ -170,6 +171,8 @@ def test_mean_and_standard_error():
         ({"lengths": [64, 513]}, r"length 513 is longer than the model's context \(512\)"),
         ({"windows": 5}, "has 4 windows of 64 tokens and 5 are asked for"),
         ({"windows": 0}, "--windows 0: give 1 or more"),
+        ({"targets": 0}, "--targets 0: give 1 or more"),
+        ({"targets": 40}, "lengths 40,64: give increasing lengths of 41 tokens or more"),
         ({"text": "/nowhere.jsonl"}, "/nowhere.jsonl: no such file"),
         ({"device": "gpu"}, "device 'gpu'"),
     ],

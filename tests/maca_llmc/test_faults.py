@@ -40,6 +40,12 @@ def test_device_memory_says_how_much_was_asked_for(tmp_path):
         raise torch.OutOfMemoryError(said)
 
 
+def test_weights_that_cannot_be_mapped_are_a_lack_of_memory(tmp_path):
+    said = "unable to mmap 269060552 bytes from file <a/model.safetensors>: Cannot allocate memory"
+    with pytest.raises(UserError, match="out of memory"), named_faults(tmp_path):
+        raise RuntimeError(said)
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), RuntimeError("shape mismatch")])
 def test_other_errors_pass(tmp_path, error):
     with pytest.raises(type(error), match=str(error.args[-1])), named_faults(tmp_path):
