@@ -48,6 +48,7 @@ SCHEMES = {
     "w4-g64": {"num_bits": 4, "strategy": "group", "group_size": 64, "symmetric": True},
 }
 GPTQ = {"length_exponent": 0.0}
+SEARCHED = {"hessian_scales": True}
 METHODS = {
     # name: the modifier's fields, and the calibration data
     **{f"gptq-{length}": (GPTQ, {"scales": (length,)}) for length in (128, 512, 2048)},
@@ -66,6 +67,18 @@ METHODS = {
         for weight in (4.0, 16.0, 64.0)
     },
     "gptq-128-first0.0625": ({**GPTQ, "first_token_weight": 1 / 16}, {"scales": (128,)}),
+    # with scales searched under the Hessian
+    **{
+        f"hs-gptq-{length}": ({**GPTQ, **SEARCHED}, {"scales": (length,)})
+        for length in (128, 512, 2048)
+    },
+    "hs-mixed-p1": (SEARCHED, {"scales": MIXED}),
+    "hs-mixed-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": MIXED}),
+    "hs-mixed-p1-first4": ({**SEARCHED, "first_token_weight": 4.0}, {"scales": MIXED}),
+    "hs-mixed-p1-first4-damp0.001": (
+        {**SEARCHED, "first_token_weight": 4.0, "dampening_frac": 0.001},
+        {"scales": MIXED},
+    ),
 }
 KEY = ("model", "scheme", "method", "seed")
 

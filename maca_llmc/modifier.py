@@ -24,6 +24,7 @@ from maca_llmc.llmcompressor_api import (
     keep_causal_masks,
     restore_gptq_progress,
 )
+from maca_llmc.scales import check_searchable
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
 from maca_llmc.shared_inputs import Group, Input, SharedInputs, common_partition
 from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
@@ -58,6 +59,8 @@ class MaCaModifier(GPTQModifier):
     :param first_token_weight: how many times the weight of its sequence's tokens the first one
         gets, above 0. It is an attention sink in most models, and short sequences have more of
         them: set it to find out what its share does. 1 (the default) leaves it alone.
+    :param hessian_scales: choose the scale of each group by what rounding costs under the Hessian
+        (see ``scales.py``) instead of by the range of its weights. Integers by group or channel.
 
     Sample recipe:
 
@@ -98,6 +101,7 @@ class MaCaModifier(GPTQModifier):
     length_exponent: float = Field(default=1.0, ge=0.0, le=1.0)
     nested_scales: list[int] | None = None
     first_token_weight: float = Field(default=1.0, gt=0.0)
+    hessian_scales: bool = False
 
     _layout: BatchLayout | None = PrivateAttr(default=None)
     _reference: int | None = PrivateAttr(default=None)
@@ -157,6 +161,9 @@ class MaCaModifier(GPTQModifier):
         if self.nested_scales:
             refuse_length_dependence(state.model.config)
         keep_causal_masks(state.model.config)
+        if self.hessian_scales:
+            for scheme in self.resolved_config.config_groups.values():
+                check_searchable(scheme.weights)
         return super().on_initialize(state, **kwargs)
 
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
@@ -367,7 +374,7 @@ class MaCaModifier(GPTQModifier):
     ) -> None:
         names = [self._module_names[module] for stack in stacks for module in stack]
         logger.info(f"Quantizing {len(names)} module(s): {names}")
-        quantize_stacks(stacks, factors, hessians, self.block_size)
+        quantize_stacks(stacks, factors, hessians, self.block_size, self.hessian_scales)
         self._num_compressed_modules += len(names)
 
     # several ranks

@@ -135,6 +135,7 @@ def _write_records(
                     "length_exponent",
                     "nested_scales",
                     "first_token_weight",
+                    "hessian_scales",
                     "dampening_frac",
                     "block_size",
                 }
@@ -165,7 +166,8 @@ def describe_method(modifier: Any) -> str:
     nested = f", nested {modifier.nested_scales}" if modifier.nested_scales else ""
     first = modifier.first_token_weight
     sink = f", first token x {first:g}" if first != 1.0 else ""
-    return f"MaCa (p = {modifier.length_exponent:g}{nested}{sink})"
+    scales = ", scales by Hessian" if modifier.hessian_scales else ""
+    return f"MaCa (p = {modifier.length_exponent:g}{nested}{sink}{scales})"
 
 
 def _public_name(run: Run) -> str:

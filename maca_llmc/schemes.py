@@ -14,6 +14,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.utils import match_named_modules
 
 from maca_llmc.errors import UserError
+from maca_llmc.scales import check_searchable
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that vLLM's kernels take, best known first."""
@@ -84,6 +85,9 @@ def check_schemes(modifier: Any, model: Any) -> None:
             f"the recipe's targets {sorted(modifier.resolved_targets)} match no Linear of the "
             "model: use targets: [Linear]"
         )
+    if getattr(modifier, "hessian_scales", False):
+        for scheme in modifier.resolved_config.config_groups.values():
+            check_searchable(scheme.weights)
     if modifier.bypass_divisibility_checks:
         return
     for scheme in modifier.resolved_config.config_groups.values():

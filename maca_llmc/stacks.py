@@ -15,6 +15,7 @@ from maca_llmc.llmcompressor_api import (
     update_batch_qparams,
 )
 from maca_llmc.losses import active_report, relative_error, row_energies
+from maca_llmc.scales import column_costs, search_scales
 from maca_llmc.solve import BlockUpdate, Factor, sweep
 
 QuantizedModule = Any
@@ -63,19 +64,28 @@ def quantize_stacks(
     factors: list[Factor],
     hessians: list[torch.Tensor],
     block_size: int,
+    hessian_scales: bool,
 ) -> None:
     """Quantize stacks of modules side by side, each stack with a Hessian of its own.
 
-    The codes are those that llm-compressor's ``quantize_weight`` gives each module alone.
+    The codes are those that llm-compressor's ``quantize_weight`` gives each module alone, from the
+    same scales.
 
     :param stacks: as :func:`row_stacks` makes them, all of one shape
     :param factors: of each stack's Hessian
     :param hessians: float32 ``[d, d]``, one a stack, to relate losses to
+    :param hessian_scales: search for scales under the Hessian instead of asking the observer
     """
     with disable_offloading():
         args = stacks[0][0].quantization_scheme.weights
         modules = [module for stack in stacks for module in stack]
         qparams = {module: module.weight_observer.get_qparams() for module in modules}
+        if hessian_scales:
+            for stack, factor in zip(stacks, factors, strict=True):
+                costs = column_costs(factor.upper, factor.order)
+                for module in stack:
+                    scale, zero_point = search_scales(module.weight, costs, args)
+                    qparams[module] |= {"scale": scale, "zero_point": zero_point}
         weights = _stacked(stacks, lambda module: module.weight.float())
         update = _block_update(stacks, qparams, args, factors)
         report = active_report()

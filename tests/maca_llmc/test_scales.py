@@ -1,0 +1,136 @@
+"""The search for scales, against a brute force over every group in float64."""
+
+import math
+
+import pytest
+import torch
+from checkpoints import load, quantize
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams, calculate_range
+from tiny import save_tiny_model
+
+from maca_llmc.errors import UserError
+from maca_llmc.scales import SHRINKS, check_searchable, column_costs, search_scales
+from maca_llmc.solve import factorize
+
+W3 = QuantizationArgs(num_bits=3, strategy="group", group_size=32, symmetric=True)
+SCHEMES = [
+    W3,
+    W3.model_copy(update={"symmetric": False}),
+    QuantizationArgs(num_bits=4, strategy="channel", symmetric=True),
+    QuantizationArgs(num_bits=8, strategy="group", group_size=32, symmetric=True),
+]
+
+
+@pytest.fixture
+def weight():
+    torch.manual_seed(0)
+    return (torch.randn(6, 96) * torch.rand(96)).bfloat16()
+
+
+@pytest.fixture
+def costs():
+    torch.manual_seed(1)
+    return torch.rand(96) ** 3 + 1e-3
+
+
+def rounding_cost(values, costs, scale, zero_point, args):
+    """Of one group, number by number."""
+    low, high = (int(v) for v in calculate_range(args, "cpu"))
+    total = 0.0
+    for value, cost in zip(values.tolist(), costs.tolist(), strict=True):
+        code = min(max(round(value / scale + zero_point), low), high)
+        total += cost * ((code - zero_point) * scale - value) ** 2
+    return total
+
+
+def every_scale(values, args):
+    """Each scale that may be chosen for a group, with its zero point."""
+    for shrink in SHRINKS:
+        scale, zero_point = calculate_qparams(values.min() * shrink, values.max() * shrink, args)
+        yield float(scale), int(zero_point)
+        if args.symmetric and args.num_bits <= 4:
+            yield -float(scale), int(zero_point)
+
+
+@pytest.mark.parametrize("args", SCHEMES, ids=lambda a: f"{a.num_bits}{a.strategy}{a.symmetric}")
+def test_no_scale_costs_less(weight, costs, args):
+    scales, zero_points = search_scales(weight, costs, args)
+    size = args.group_size or weight.shape[1]
+    assert scales.shape == zero_points.shape == (6, 96 // size)
+    assert scales.dtype == torch.bfloat16
+    for row in range(6):
+        for group in range(96 // size):
+            columns = slice(group * size, (group + 1) * size)
+            values, own = weight[row, columns], costs[columns]
+            found = rounding_cost(
+                values, own, float(scales[row, group]), int(zero_points[row, group]), args
+            )
+            least = min(
+                rounding_cost(values, own, *each, args) for each in every_scale(values, args)
+            )
+            assert found == pytest.approx(least, rel=1e-4)
+
+
+def test_the_sign_gives_the_larger_side_the_code_more():
+    weight = torch.tensor([[4.0] + [-3.0, 1.0] * 15 + [2.0]])
+    scales, _ = search_scales(weight, torch.ones(32), W3)
+    assert scales.item() < 0, "codes -4 to 3 hold 4, and only upside down"
+    mirrored, _ = search_scales(-weight, torch.ones(32), W3)
+    assert mirrored.item() == -scales.item()
+
+
+def test_a_group_of_zeros_has_a_scale():
+    scales, zero_points = search_scales(torch.zeros(2, 64), torch.ones(64), W3)
+    assert scales.isfinite().all() and (scales != 0).all() and not zero_points.any()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_costs_are_those_of_the_sweep(ordered):
+    """``1 / U_jj^2`` is the variance of input j given those that come after it in the sweep."""
+    torch.manual_seed(2)
+    rows = torch.randn(200, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    hessian = rows.T @ rows
+    factor = factorize(hessian, 0.0, ordered)
+    costs = column_costs(factor.upper, factor.order)
+    order = torch.arange(8) if factor.order is None else factor.order
+    for place, column in enumerate(order.tolist()):
+        later = order[place + 1 :]
+        cross = hessian[column, later]
+        rest = hessian[column, column] - cross @ torch.linalg.solve(hessian[later][:, later], cross)
+        assert costs[column].item() == pytest.approx(rest.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        QuantizationArgs(num_bits=8, strategy="tensor"),
+        QuantizationArgs(num_bits=8, type="float", strategy="channel"),
+    ],
+)
+def test_other_schemes_are_refused(args):
+    with pytest.raises(UserError, match="hessian_scales: searches scales of integers by group"):
+        check_searchable(args)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_checkpoint_loads_with_the_scales_that_were_found(tmp_path, symmetric):
+    base = save_tiny_model("llama", tmp_path / "base", num_hidden_layers=1)
+    losses, models = {}, {}
+    for searched in ("false", "true"):
+        recipe = tmp_path / f"{searched}.yaml"
+        recipe.write_text(
+            f"a_stage: {{b_modifiers: {{MaCaModifier: {{ignore: [lm_head], hessian_scales: "
+            f"{searched}, config_groups: {{group_0: {{targets: [Linear], weights: {{num_bits: 3, "
+            f"strategy: group, group_size: 32, symmetric: {symmetric}}}}}}}}}}}}}"
+        )
+        folder = quantize(base, tmp_path / searched, recipe)
+        models[searched] = load(folder, dequantize=True)
+        original = dict(load(base).named_parameters())
+        losses[searched] = math.fsum(
+            float((p - original[n]).square().sum()) for n, p in models[searched].named_parameters()
+        )
+    assert losses["true"] < losses["false"]
+    state = load(tmp_path / "true").state_dict()
+    negative = [n for n, t in state.items() if n.endswith("weight_scale") and (t < 0).any()]
+    assert bool(negative) == symmetric
