@@ -24,7 +24,7 @@ LANES = 64
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
 def _sweep(  # type: ignore[no-untyped-def]
-    work, factor, scale, zero_point, shifted, low, high, in_bfloat16, quantized, errors
+    work, factor, scale, zero_point, shifted, low, high, in_bfloat16, feed, fed, quantized, errors
 ):
     # all but the factor are [chunks, columns, LANES]: what is done to a column is done to all rows
     chunks, width, _ = work.shape
@@ -47,6 +47,11 @@ def _sweep(  # type: ignore[no-untyped-def]
                 spread = factor[column, later]
                 for lane in range(LANES):
                     left[later, lane] -= error[column, lane] * spread
+            if fed:
+                for later in range(column + 1, width):
+                    back = feed[column, later]
+                    for lane in range(LANES):
+                        left[later, lane] += left[column, lane] * back
 
 
 def sweep_block(
@@ -57,12 +62,14 @@ def sweep_block(
     code_range: tuple[float, float],
     quantized: torch.Tensor,
     errors: torch.Tensor,
+    feed: torch.Tensor | None = None,
 ) -> None:
     """Quantize one block column by column, each error spread over the columns after it.
 
     Algorithm 1 of GPTQ (arXiv 2210.17323), inner loop. All tensors are on the CPU.
 
-    :param work: ``[rows, width]`` float32, the weights of the block
+    :param work: ``[rows, width]`` float32, the weights of the block; with ``feed`` each column as
+        it was just before its rounding, out
     :param factor: ``[width, width]`` float32, upper Cholesky factor of the inverse Hessian
     :param scale: ``[rows, width]`` float32 or bfloat16, one step per weight. Dequantized values
         are rounded to its dtype, as compressed-tensors does.
@@ -70,6 +77,7 @@ def sweep_block(
     :param code_range: lowest and highest code
     :param quantized: ``[rows, width]`` float32, out: dequantized values
     :param errors: ``[rows, width]`` float32, out: ``(w - q) / factor[i, i]``
+    :param feed: ``[width, width]`` float32, what each column adds to those after it (GPTAQ)
     """
     threads = torch.get_num_threads()
     most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made at run time
@@ -87,11 +95,15 @@ def sweep_block(
         np.float32(code_range[0]),
         np.float32(code_range[1]),
         scale.dtype == torch.bfloat16,
+        (factor if feed is None else feed).contiguous().numpy(),  # or not looked at
+        feed is not None,
         values.numpy(),
         differences.numpy(),
     )
     quantized.copy_(_in_rows(values)[: len(work)])
     errors.copy_(_in_rows(differences)[: len(work)])
+    if feed is not None:
+        work.copy_(_in_rows(lanes)[: len(work)])
     if torch.get_num_threads() != threads:  # numba's first launch sets that of OpenMP, for all
         torch.set_num_threads(threads)
 

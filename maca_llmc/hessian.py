@@ -79,6 +79,17 @@ def add_rows(hessian: torch.Tensor, rows: torch.Tensor, weight: float) -> None:
                 _add_product(target, left, right, GPTQ_FACTOR * weight, on_tensor_cores)
 
 
+def add_cross(cross: torch.Tensor, full: torch.Tensor, rows: torch.Tensor, weight: float) -> None:
+    """``D += 2 * weight * (full - rows)^T rows``, in place: GPTAQ's asymmetry (arXiv 2504.02692).
+
+    :param cross: float32 ``[d, d]``
+    :param full: ``[tokens, d]``, what the unquantized model has where ``rows`` are
+    """
+    for part, own in zip(full.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE), strict=True):
+        own = own.to(cross)
+        cross.addmm_((part.to(cross) - own).t(), own, alpha=GPTQ_FACTOR * weight)
+
+
 def mirror(hessian: torch.Tensor) -> None:
     """Copy the lower triangle to the upper one, in place."""
     for start, stop in _blocks(hessian):

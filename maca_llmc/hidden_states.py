@@ -7,7 +7,7 @@ import torch
 
 
 class HiddenStates:
-    """One tensor per batch.
+    """Tensors by key: one per batch, or several where more than one stream goes through.
 
     :param limit: bytes to hold in memory; None for all
     :param folder: where the rest goes, made when it is needed
@@ -16,8 +16,8 @@ class HiddenStates:
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
         self._limit = math.inf if limit is None else limit
         self._folder = folder
-        self._held: dict[int, torch.Tensor] = {}
-        self._spilled: dict[int, tuple[torch.dtype, torch.Size]] = {}
+        self._held: dict[str, torch.Tensor] = {}
+        self._spilled: dict[str, tuple[torch.dtype, torch.Size]] = {}
         self._bytes = 0
 
     @property
@@ -25,31 +25,31 @@ class HiddenStates:
         """How much is in files, in bytes."""
         return sum(dtype.itemsize * shape.numel() for dtype, shape in self._spilled.values())
 
-    def put(self, index: int, hidden: torch.Tensor) -> None:
+    def put(self, key: str, hidden: torch.Tensor) -> None:
         """Keep the hidden states of a batch in place of those it had.
 
         :raises OSError: when the disk is full
         """
-        before = self._held.pop(index, None)
+        before = self._held.pop(key, None)
         self._bytes += hidden.nbytes - (0 if before is None else before.nbytes)
         if self._folder is None or self._bytes <= self._limit:
-            self._spilled.pop(index, None)
-            self._held[index] = hidden
+            self._spilled.pop(key, None)
+            self._held[key] = hidden
             return
         self._bytes -= hidden.nbytes
         self._folder.mkdir(parents=True, exist_ok=True)
         content = hidden.cpu().contiguous().flatten().view(torch.uint8).numpy()
-        self._path(index).write_bytes(content.data)
-        self._spilled[index] = hidden.dtype, hidden.shape
+        self._path(key).write_bytes(content.data)
+        self._spilled[key] = hidden.dtype, hidden.shape
 
-    def get(self, index: int) -> torch.Tensor:
+    def get(self, key: str) -> torch.Tensor:
         """The hidden states of a batch; from a file, on the CPU."""
-        if index in self._held:
-            return self._held[index]
-        dtype, shape = self._spilled[index]
-        content = bytearray(self._path(index).read_bytes())
+        if key in self._held:
+            return self._held[key]
+        dtype, shape = self._spilled[key]
+        content = bytearray(self._path(key).read_bytes())
         return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
-    def _path(self, index: int) -> Path:
+    def _path(self, key: str) -> Path:
         assert self._folder is not None  # nothing is spilled without one
-        return self._folder / f"hidden-{index}.bin"
+        return self._folder / f"hidden-{key}.bin"

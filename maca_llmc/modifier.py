@@ -1,6 +1,7 @@
 """MaCaModifier: llm-compressor's GPTQ with a Hessian that knows the length of its sequences."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
 from torch import distributed as dist
 
+from maca_llmc.asymmetry import feedback
 from maca_llmc.causality import refuse_length_dependence
 from maca_llmc.errors import CalibrationError
-from maca_llmc.hessian import WeightedHessian, fill_dead_columns, mirror
+from maca_llmc.hessian import WeightedHessian, add_cross, fill_dead_columns, mirror
 from maca_llmc.inspection import DiagonalRecorder
 from maca_llmc.llmcompressor_api import (
     GPTQModifier,
@@ -24,7 +26,7 @@ from maca_llmc.llmcompressor_api import (
     keep_causal_masks,
     restore_gptq_progress,
 )
-from maca_llmc.scales import check_searchable
+from maca_llmc.schemes import check_own_fields
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
 from maca_llmc.shared_inputs import Group, Input, SharedInputs, common_partition
 from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
@@ -33,6 +35,8 @@ from maca_llmc.token_weights import Segment, sequence_segments, total_weight
 
 __all__ = ["MaCaModifier"]
 
+FullInput = Callable[[torch.nn.Module], torch.Tensor | None]
+
 
 @dataclass
 class Statistic:
@@ -40,10 +44,12 @@ class Statistic:
 
     :param hessian: of all their rows
     :param count: how many sequences they are
+    :param cross: float32 ``[d, d]``, ``2 * sum of weight * (x_fp - x_q) x_q^T``; for GPTAQ
     """
 
     hessian: WeightedHessian
     count: torch.Tensor
+    cross: torch.Tensor | None = None
 
 
 class MaCaModifier(GPTQModifier):
@@ -61,6 +67,10 @@ class MaCaModifier(GPTQModifier):
         them: set it to find out what its share does. 1 (the default) leaves it alone.
     :param hessian_scales: choose the scale of each group by what rounding costs under the Hessian
         (see ``scales.py``) instead of by the range of its weights. Integers by group or channel.
+    :param gptaq_alpha: above 0 it is GPTAQ (arXiv 2504.02692): weights also make up for what their
+        inputs have become behind the quantized layers before them, wholly at 1. It takes the
+        pipeline "maca", one rank, integers by group or channel, and about three times the forward
+        passes.
 
     Sample recipe:
 
@@ -102,6 +112,7 @@ class MaCaModifier(GPTQModifier):
     nested_scales: list[int] | None = None
     first_token_weight: float = Field(default=1.0, gt=0.0)
     hessian_scales: bool = False
+    gptaq_alpha: float = Field(default=0.0, ge=0.0, le=1.0)
 
     _layout: BatchLayout | None = PrivateAttr(default=None)
     _reference: int | None = PrivateAttr(default=None)
@@ -113,6 +124,7 @@ class MaCaModifier(GPTQModifier):
     _unseen: list[str] = PrivateAttr(default_factory=list)
     _raised: dict[str, float] = PrivateAttr(default_factory=dict)
     _recorder: DiagonalRecorder | None = PrivateAttr(default=None)
+    _full_input: FullInput | None = PrivateAttr(default=None)
 
     @field_validator("nested_scales")
     @classmethod
@@ -154,6 +166,13 @@ class MaCaModifier(GPTQModifier):
         self._unseen = list(progress["unseen"])
         self._raised = dict(progress["raised"])
 
+    def set_full_input(self, input_of: FullInput | None) -> None:
+        """Take what modules receive in the unquantized model from ``input_of``; for GPTAQ.
+
+        :param input_of: None for a module whose turn it is not
+        """
+        self._full_input = input_of
+
     # lifecycle
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
@@ -161,9 +180,7 @@ class MaCaModifier(GPTQModifier):
         if self.nested_scales:
             refuse_length_dependence(state.model.config)
         keep_causal_masks(state.model.config)
-        if self.hessian_scales:
-            for scheme in self.resolved_config.config_groups.values():
-                check_searchable(scheme.weights)
+        check_own_fields(self)
         return super().on_initialize(state, **kwargs)
 
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
@@ -219,7 +236,12 @@ class MaCaModifier(GPTQModifier):
 
         :param args: the module's inputs, the first one its tokens ``[b, T, d]`` or ``[n, d]``
         """
-        self._inputs.receive(module, Input(args[0], self._layout))
+        full = None
+        if self.gptaq_alpha:
+            full = self._input_in_full_precision(module)
+            if full is None:
+                return  # its turn comes in another stage
+        self._inputs.receive(module, Input(args[0], (self._layout, full)))
         name = self._module_names[module]
         if self._recorder is not None and name in self._recorder.modules:
             tokens = module_tokens(module, args[0])
@@ -232,6 +254,8 @@ class MaCaModifier(GPTQModifier):
         for group in groups:
             group.statistic.hessian.settle()
         ranks = _ranks()
+        if ranks > 1 and self.gptaq_alpha:
+            raise CalibrationError(f"gptaq_alpha: works on one rank, not on {ranks}: set it to 0")
         if ranks > 1:
             groups = self._agree_on_groups(groups, ranks)
         # stock's own bookkeeping, with one entry a group: its first member
@@ -257,7 +281,7 @@ class MaCaModifier(GPTQModifier):
         for batch in solve_batches(alone, self.batched_quantization, self.block_size):
             factors = [self._factor(first, hessians[first], _ordered(first)) for first in batch]
             used = [hessians.pop(first) for first in batch]
-            self._solve([[first] for first in batch], factors, used)
+            self._solve([[first] for first in batch], factors, used, self._feeds(batch, factors))
         for first in list(hessians):
             self._solve_shared(first, hessians.pop(first))
 
@@ -268,6 +292,14 @@ class MaCaModifier(GPTQModifier):
         super()._reduce_hessian_to_target_rank(module_list, module_to_rank)
 
     # the parts
+
+    def _input_in_full_precision(self, module: torch.nn.Module) -> torch.Tensor | None:
+        if self._full_input is None:
+            raise CalibrationError(
+                "gptaq_alpha: needs the unquantized model's inputs, which only our pipeline has: "
+                'use maca-llmc quantize or oneshot(pipeline="maca"), or set gptaq_alpha: 0'
+            )
+        return self._full_input(module)
 
     def _read_layout(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = _forward_signature(module).bind_partial(module, *args, **kwargs).arguments
@@ -295,7 +327,13 @@ class MaCaModifier(GPTQModifier):
     def _add_input(
         self, modules: list[torch.nn.Module], statistic: Statistic, given: Input
     ) -> None:
-        tokens, layout = module_tokens(modules[0], given.tensor), given.context
+        layout, full = given.context
+        tokens = module_tokens(modules[0], given.tensor)
+        if full is not None:  # side by side, so that they are split alike
+            other = module_tokens(modules[0], full).to(tokens.device)
+            tokens = torch.cat([tokens, other], dim=-1)
+            if statistic.cross is None:
+                statistic.cross = torch.zeros_like(statistic.hessian.hessian)
         if tokens.shape[0] and _unpadded(tokens, layout):  # rows all alike: no need to take apart
             sequences = [tokens]
         else:
@@ -312,6 +350,9 @@ class MaCaModifier(GPTQModifier):
 
     def _add(self, statistic: Statistic, rows: torch.Tensor, weight: float) -> None:
         self._weighted |= weight != 1.0
+        if statistic.cross is not None:
+            rows, full = rows.chunk(2, dim=-1)
+            add_cross(statistic.cross, full, rows, weight)
         statistic.hessian.add(rows, weight)
 
     def _add_routed(
@@ -364,17 +405,31 @@ class MaCaModifier(GPTQModifier):
             ordered = _ordered(stack[0])
             if ordered not in factors:
                 factors[ordered] = self._factor(first, hessian, ordered)
-            self._solve([stack], [factors[ordered]], [hessian])
+            factor = factors[ordered]
+            self._solve([stack], [factor], [hessian], self._feeds([first], [factor]))
+
+    def _feeds(self, firsts: list[torch.nn.Module], factors: list[Factor]) -> torch.Tensor | None:
+        """GPTAQ's feedback of groups, each given by its first member; None for GPTQ."""
+        if not self.gptaq_alpha:
+            return None
+        feeds = []
+        for first, factor in zip(firsts, factors, strict=True):
+            statistic = self._groups[first].statistic
+            assert statistic.cross is not None  # every input came with its full-precision one
+            cross = statistic.cross / statistic.count.clamp(min=1)  # as the Hessian is divided
+            feeds.append(feedback(cross, factor, self.gptaq_alpha))
+        return torch.stack(feeds)
 
     def _solve(
         self,
         stacks: list[list[torch.nn.Module]],
         factors: list[Factor],
         hessians: list[torch.Tensor],
+        feeds: torch.Tensor | None,
     ) -> None:
         names = [self._module_names[module] for stack in stacks for module in stack]
         logger.info(f"Quantizing {len(names)} module(s): {names}")
-        quantize_stacks(stacks, factors, hessians, self.block_size, self.hessian_scales)
+        quantize_stacks(stacks, factors, hessians, self.block_size, self.hessian_scales, feeds)
         self._num_compressed_modules += len(names)
 
     # several ranks
@@ -431,7 +486,8 @@ def _empty_statistic(module: torch.nn.Module) -> Statistic:
 
 
 def _copy_statistic(statistic: Statistic) -> Statistic:
-    return Statistic(statistic.hessian.copy(), statistic.count.clone())
+    cross = None if statistic.cross is None else statistic.cross.clone()
+    return Statistic(statistic.hessian.copy(), statistic.count.clone(), cross)
 
 
 def _unpadded(tokens: torch.Tensor, layout: BatchLayout | None) -> bool:

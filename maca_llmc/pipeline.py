@@ -12,7 +12,7 @@ this goes through the sequential pipeline, with a warning that says why.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from loguru import logger
 from torch.utils._pytree import tree_map
 
 from maca_llmc.faults import is_out_of_memory
+from maca_llmc.full_precision import FullStream, asymmetric_modifiers
 from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import (
     CalibrationPipeline,
@@ -109,7 +110,7 @@ class LayerPipeline(CalibrationPipeline):
 
     @staticmethod
     def __call__(model: Any, dataloader: Any, dataset_args: Any) -> None:
-        """Run all batches through each layer, once to calibrate it and once to pass them on."""
+        """Run all batches through each layer, to calibrate it and once more to pass them on."""
         layers = decoder_layers(model)
         device = onload_device(model)
         store = torch.device(dataset_args.sequential_offload_device)
@@ -125,50 +126,76 @@ class LayerPipeline(CalibrationPipeline):
             )
             SequentialPipeline()(model, dataloader, dataset_args)
             return
+        batches = Batches(calls, resources.hidden, device, store)
         LifecycleCallbacks.calibration_start()
+        modifiers = asymmetric_modifiers(active_session().lifecycle.recipe.modifiers)
+        full = FullStream(resources.hidden, len(calls), modifiers) if modifiers else None
         with calibration_forward(model):
             for index, layer in enumerate(layers):
                 with disable_offloading():
-                    finish_layer(layer, index, calls, resources, device)
+                    finish_layer(layer, index, batches, resources.keeper, full)
                     if index + 1 < len(layers):
                         with HooksMixin.disable_hooks():
-                            for number, hidden in outputs(layer, index, calls, resources, device):
-                                resources.hidden.put(number, hidden.to(store))
+                            for key, hidden in batches.outputs(layer, index):
+                                resources.hidden.put(key, hidden)
         LifecycleCallbacks.calibration_end()
+
+
+@dataclass
+class Batches:
+    """All batches, ready to go through a layer.
+
+    :param calls: by batch and layer, what it is called with beside the hidden states
+    :param hidden: the hidden states that go into the next layer
+    :param device: to compute on
+    :param store: to keep things on
+    """
+
+    calls: list[list[Call]]
+    hidden: HiddenStates
+    device: torch.device
+    store: torch.device
+
+    def outputs(
+        self, layer: torch.nn.Module, index: int, stream: str = ""
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Key and output ``[b, T, d]`` of a layer for each batch.
+
+        :param stream: what the keys begin with: which of several hidden states go in
+        """
+        for number, by_layer in enumerate(self.calls):
+            active_session().state.current_batch_idx = number
+            args, kwargs = move(by_layer[index], self.device)
+            key = f"{stream}{number}"
+            output = layer(self.hidden.get(key).to(self.device), *args, **kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+            yield key, output.to(self.store)
 
 
 def finish_layer(
     layer: torch.nn.Module,
     index: int,
-    calls: list[list[Call]],
-    resources: Resources,
-    device: torch.device,
+    batches: Batches,
+    keeper: Keeper | None,
+    full: FullStream | None,
 ) -> None:
     """Calibrate and quantize a layer, or take it from a run that has done so."""
-    keeper = resources.keeper
-    if keeper is not None and index < keeper.finished:
+    finished = keeper is not None and index < keeper.finished
+    stages = [list(layer.modules())]
+    if full is not None:
+        with HooksMixin.disable_hooks():
+            outputs = batches.outputs(layer, index, full.PREFIX)
+            stages = full.pass_through(layer, outputs, capture=not finished) or stages
+    if keeper is not None and finished:
         keeper.restore(index, layer)
         return
-    for _ in outputs(layer, index, calls, resources, device):
-        pass  # what counts is what hooks see
-    LifecycleCallbacks.sequential_epoch_end(list(layer.modules()))
+    for stage in stages:
+        with nullcontext() if full is None else full.calibrating(stage):
+            for _ in batches.outputs(layer, index):
+                pass  # what counts is what hooks see
+            LifecycleCallbacks.sequential_epoch_end(stage)
     if keeper is not None:
         keeper.keep(layer)
-
-
-def outputs(
-    layer: torch.nn.Module,
-    index: int,
-    calls: list[list[Call]],
-    resources: Resources,
-    device: torch.device,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Number and output ``[b, T, d]`` of a layer for each batch."""
-    for number, by_layer in enumerate(calls):
-        active_session().state.current_batch_idx = number
-        args, kwargs = move(by_layer[index], device)
-        output = layer(resources.hidden.get(number).to(device), *args, **kwargs)
-        yield number, output[0] if isinstance(output, tuple) else output
 
 
 def check_targets(model: torch.nn.Module, layers: list[torch.nn.Module]) -> None:
@@ -209,7 +236,7 @@ def record_batches(
             if any(recorder.hidden is not hidden for recorder in recorders):
                 raise UnsupportedModelError("hidden states change between its decoder layers")
             recorded.append(move([recorder.call for recorder in recorders], store))
-            states.put(number, hidden.to(store))
+            states.put(str(number), hidden.to(store))
     except (TypeError, IndexError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise

@@ -136,6 +136,7 @@ def _write_records(
                     "nested_scales",
                     "first_token_weight",
                     "hessian_scales",
+                    "gptaq_alpha",
                     "dampening_frac",
                     "block_size",
                 }
@@ -167,7 +168,8 @@ def describe_method(modifier: Any) -> str:
     first = modifier.first_token_weight
     sink = f", first token x {first:g}" if first != 1.0 else ""
     scales = ", scales by Hessian" if modifier.hessian_scales else ""
-    return f"MaCa (p = {modifier.length_exponent:g}{nested}{sink}{scales})"
+    kind = "GPTAQ, " if modifier.gptaq_alpha else ""
+    return f"MaCa ({kind}p = {modifier.length_exponent:g}{nested}{sink}{scales})"
 
 
 def _public_name(run: Run) -> str:

@@ -15,10 +15,8 @@ far as the larger side needs. Every kernel multiplies by the scale, whatever its
 from collections.abc import Iterator
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams, calculate_range
-
-from maca_llmc.errors import UserError
 
 SHRINKS = tuple(1 - 0.025 * step for step in range(21))
 """What the range of a group is multiplied by, from all of it to half."""
@@ -96,15 +94,3 @@ def _candidates(
         yield scale, zero_point
         if signed:
             yield -scale, zero_point
-
-
-def check_searchable(args: QuantizationArgs) -> None:
-    """Refuse a scheme whose scales are not searched for.
-
-    :raises UserError: says which are
-    """
-    if args.type != QuantizationType.INT or args.strategy not in ("group", "channel"):
-        raise UserError(
-            f"hessian_scales: searches scales of integers by group or channel, not of "
-            f"{args.type} by {args.strategy}: set hessian_scales: false"
-        )

@@ -13,8 +13,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.utils import match_named_modules
 
-from maca_llmc.errors import UserError
-from maca_llmc.scales import check_searchable
+from maca_llmc.errors import CalibrationError, UserError
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that vLLM's kernels take, best known first."""
@@ -85,9 +84,7 @@ def check_schemes(modifier: Any, model: Any) -> None:
             f"the recipe's targets {sorted(modifier.resolved_targets)} match no Linear of the "
             "model: use targets: [Linear]"
         )
-    if getattr(modifier, "hessian_scales", False):
-        for scheme in modifier.resolved_config.config_groups.values():
-            check_searchable(scheme.weights)
+    check_own_fields(modifier)
     if modifier.bypass_divisibility_checks:
         return
     for scheme in modifier.resolved_config.config_groups.values():
@@ -105,6 +102,23 @@ def check_schemes(modifier: Any, model: Any) -> None:
                 f"{len(widths)} Linears, first {name} ({width}): {cure}, and strategy: channel "
                 "needs none"
             )
+
+
+def check_own_fields(modifier: Any) -> None:
+    """Refuse schemes that fields of ``MaCaModifier`` do not work for.
+
+    :raises CalibrationError: names the field
+    """
+    for field in ("hessian_scales", "gptaq_alpha"):
+        if not getattr(modifier, field, None):
+            continue
+        for scheme in modifier.resolved_config.config_groups.values():
+            args = scheme.weights
+            if args.type != QuantizationType.INT or args.strategy not in ("group", "channel"):
+                raise CalibrationError(
+                    f"{field}: works for integers by group or channel, not for {args.type} by "
+                    f"{args.strategy}: leave it out"
+                )
 
 
 def _reached_by_text(model: Any) -> set[str]:

@@ -83,7 +83,11 @@ def _factor_of_inverse(matrix: torch.Tensor) -> torch.Tensor | None:
 
 
 def sweep(
-    weights: torch.Tensor, factors: list[Factor], update: BlockUpdate, block_size: int
+    weights: torch.Tensor,
+    factors: list[Factor],
+    update: BlockUpdate,
+    block_size: int,
+    feeds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize weights column by column, each column's error spread over the columns after it.
 
@@ -91,6 +95,8 @@ def sweep(
     :param factors: one for each of the ``b``
     :param update: quantizes one block of columns
     :param block_size: columns per block
+    :param feeds: ``[b, d, d]``, what each column adds to those after it (see ``asymmetry.py``);
+        ``update`` then gets its block as ``feed=`` and leaves columns as they were before rounding
     :return: dequantized weights ``[b, rows, d]``, and each row's half squared output error
         ``(w - q) (H + damp I) (w - q)^T / 2``, ``[b, rows]``
     """
@@ -113,10 +119,13 @@ def sweep(
         block = weights[:, :, start:stop].clone()
         quantized, errors, squares = (torch.empty_like(block) for _ in range(3))
         factor_block = upper[:, start:stop, start:stop]
-        update(block, factor_block, quantized, errors, squares, i1=start)
+        fed = {} if feeds is None else {"feed": feeds[:, start:stop, start:stop]}
+        update(block, factor_block, quantized, errors, squares, i1=start, **fed)
         weights[:, :, start:stop] = quantized
         losses += squares.sum(dim=2) / 2
         weights[:, :, stop:] -= torch.bmm(errors, upper[:, start:stop, stop:])
+        if feeds is not None:
+            weights[:, :, stop:] += torch.bmm(block, feeds[:, start:stop, stop:])
     if ordered:
         back = torch.argsort(orders, dim=-1)
         weights = torch.gather(weights, -1, back.unsqueeze(-2).expand_as(weights))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import ActivationOrdering, QuantizationStrategy
 
+from maca_llmc.asymmetry import asymmetric_block_update
 from maca_llmc.llmcompressor_api import (
     assign_batches,
     batch_key,
@@ -65,6 +66,7 @@ def quantize_stacks(
     hessians: list[torch.Tensor],
     block_size: int,
     hessian_scales: bool,
+    feeds: torch.Tensor | None = None,
 ) -> None:
     """Quantize stacks of modules side by side, each stack with a Hessian of its own.
 
@@ -75,6 +77,7 @@ def quantize_stacks(
     :param factors: of each stack's Hessian
     :param hessians: float32 ``[d, d]``, one a stack, to relate losses to
     :param hessian_scales: search for scales under the Hessian instead of asking the observer
+    :param feeds: ``[stacks, d, d]``, GPTAQ's feedback of each stack; None for GPTQ
     """
     with disable_offloading():
         args = stacks[0][0].quantization_scheme.weights
@@ -87,13 +90,19 @@ def quantize_stacks(
                     scale, zero_point = search_scales(module.weight, costs, args)
                     qparams[module] |= {"scale": scale, "zero_point": zero_point}
         weights = _stacked(stacks, lambda module: module.weight.float())
-        update = _block_update(stacks, qparams, args, factors)
+        update = _block_update(
+            gptq_block_update if feeds is None else asymmetric_block_update,
+            stacks,
+            qparams,
+            args,
+            factors,
+        )
         report = active_report()
         if report is not None:
             energies = torch.stack(
                 [row_energies(w, hessian) for w, hessian in zip(weights, hessians, strict=True)]
             )
-        quantized, losses = sweep(weights, factors, update, block_size)
+        quantized, losses = sweep(weights, factors, update, block_size, feeds)
         rows = [len(module.weight) for module in stacks[0]]
         # by module and not stacked as stock's, which are only ever indexed
         parts: Any = [part for stacked in quantized for part in stacked.split(rows)]
@@ -121,11 +130,13 @@ def _global_scales(modules: Any, qparams: Any) -> list[torch.Tensor] | None:
     return [qparams[module]["global_scale"].reshape(-1)[0] for module in modules]
 
 
-def _block_update(stacks: Any, qparams: Any, args: Any, factors: list[Factor]) -> BlockUpdate:
-    """llm-compressor's block update, given everything but the block."""
+def _block_update(
+    update: BlockUpdate, stacks: Any, qparams: Any, args: Any, factors: list[Factor]
+) -> BlockUpdate:
+    """A block update, given everything but the block."""
     global_scales = _global_scales([stack[0] for stack in stacks], qparams)
     return partial(
-        gptq_block_update,
+        update,
         scale=_per_stack(stacks, lambda module: qparams[module]["scale"]),
         zero_point=_per_stack(stacks, lambda module: qparams[module]["zero_point"]),
         global_scale=None if global_scales is None else torch.stack(global_scales),
