@@ -39,6 +39,7 @@ LENGTHS = (128, 512, 2048)
 WINDOWS = 12
 TARGETS = 96
 MIXED = (128, 256, 512, 1024, 2048)
+SHORT = (32, 64, 128, 256, 512)
 NGRAM = 13
 BASELINES = ("gptq-512", "gptq-2048")
 
@@ -74,11 +75,34 @@ METHODS = {
     },
     "hs-mixed-p1": (SEARCHED, {"scales": MIXED}),
     "hs-mixed-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": MIXED}),
-    "hs-mixed-p1-first4": ({**SEARCHED, "first_token_weight": 4.0}, {"scales": MIXED}),
     "hs-mixed-p1-first4-damp0.001": (
         {**SEARCHED, "first_token_weight": 4.0, "dampening_frac": 0.001},
         {"scales": MIXED},
     ),
+    "hs-2048-first64-damp0.001": (
+        {**GPTQ, **SEARCHED, "first_token_weight": 64.0, "dampening_frac": 0.001},
+        {"scales": (2048,)},
+    ),
+    "hs-512-first16-damp0.001": (
+        {**GPTQ, **SEARCHED, "first_token_weight": 16.0, "dampening_frac": 0.001},
+        {"scales": (512,)},
+    ),
+    "hs-short-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": SHORT}),
+    "hs-128-damp0.001": (
+        {**GPTQ, **SEARCHED, "dampening_frac": 0.001},
+        {"scales": (128,)},
+    ),
+    # and with GPTAQ
+    "gptaq-2048": ({**GPTQ, "gptaq_alpha": 1.0}, {"scales": (2048,)}),
+    "hs-gptaq-128-damp0.001": (
+        {**GPTQ, **SEARCHED, "dampening_frac": 0.001, "gptaq_alpha": 1.0},
+        {"scales": (128,)},
+    ),
+    "hs-gptaq0.25-128-damp0.001": (
+        {**GPTQ, **SEARCHED, "dampening_frac": 0.001, "gptaq_alpha": 0.25},
+        {"scales": (128,)},
+    ),
+    "mse-gptq-2048": ({**GPTQ, "observer": "memoryless_mse"}, {"scales": (2048,)}),
 }
 KEY = ("model", "scheme", "method", "seed")
 
@@ -118,9 +142,11 @@ def overlap(one: Iterable[str], other: Iterable[str], size: int = NGRAM) -> set[
 
 
 def recipe_of(scheme: str, fields: dict) -> dict:
-    """An llm-compressor recipe."""
+    """An llm-compressor recipe; ``observer`` is of the scheme, all other fields the modifier's."""
+    fields = dict(fields)
+    weights = SCHEMES[scheme] | {k: fields.pop(k) for k in ("observer",) if k in fields}
     modifier = {
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": SCHEMES[scheme]}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head"],
         **fields,
     }
