@@ -17,6 +17,9 @@ from maca_llmc.errors import CalibrationError
 from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import active_session
 
+STAGES = 4
+"""Of a layer of attention and MLP, also of one with experts."""
+
 Stage = list[torch.nn.Module]
 """Modules that are quantized together: none of them changes the input of another."""
 
@@ -124,6 +127,14 @@ def stages(input_of: dict[torch.nn.Module, int], names: dict[torch.nn.Module, st
 
 def _key(index: int, number: int) -> str:
     return f"input-{index}-{number}"
+
+
+def forward_passes(modifier: Any) -> int:
+    """How often a layer runs: to calibrate it, and to pass its outputs on.
+
+    With the full-precision stream it runs with its own weights, too, and once for each stage.
+    """
+    return 2 + STAGES if asymmetric_modifiers([modifier]) else 2
 
 
 def asymmetric_modifiers(modifiers: list[Any]) -> list[Any]:

@@ -14,6 +14,7 @@ from maca_llmc.ask_doctor import ask_kernels
 from maca_llmc.containers import CONTAINER_BITS
 from maca_llmc.data.calibration import batches_of_equal_length
 from maca_llmc.distinct_inputs import distinct_inputs, forward_flops
+from maca_llmc.full_precision import asymmetric_modifiers, forward_passes
 from maca_llmc.hessian import ROWS_AT_ONCE
 from maca_llmc.llmcompressor_api import decoder_layers
 from maca_llmc.prepare import Run, check_disk, prepare
@@ -24,7 +25,7 @@ from maca_llmc.probe import (
     probe,
     sweep_flops,
 )
-from maca_llmc.progress import PASSES, quiet
+from maca_llmc.progress import quiet
 from maca_llmc.schemes import describe_scheme, linear_widths
 from maca_llmc.signatures import same_parameters_as
 from maca_llmc.stacks import ROWS_PER_STACK
@@ -138,8 +139,9 @@ def count_flops(run: Run, solves: list[Solve]) -> dict[str, float]:
     once = sum(linear * length + quadratic * length**2 for length in lengths)
     layers = len(decoder_layers(run.shapes))
     tokens = sum(lengths)
+    passes = forward_passes(run.modifier) - 1 / layers  # the last layer's output goes nowhere
     return {
-        "forward": once * (PASSES - 1 / layers),  # the last layer's output goes nowhere
+        "forward": once * passes,
         "hessian": sum(hessian_flops(tokens, solve.width) for solve in solves),
         "factorize": sum(factorize_flops(solve.width) for solve in solves),
         "sweep": sum(sweep_flops(solve.rows, solve.width) for solve in solves),
@@ -160,6 +162,20 @@ def layer_hessians(solves: list[Solve]) -> dict[int, int]:
     return held
 
 
+def kept_width(run: Run, solves: list[Solve]) -> int:
+    """Numbers kept of each token between two passes.
+
+    For GPTAQ these are the hidden states of two models, and what a layer's modules receive in one.
+    """
+    width: int = run.config.get_text_config().hidden_size
+    if not asymmetric_modifiers([run.modifier]):
+        return width
+    received: dict[int, int] = {}
+    for solve in solves:
+        received[solve.layer] = received.get(solve.layer, 0) + solve.width
+    return 2 * width + max(received.values())
+
+
 def estimate_memory(run: Run, solves: list[Solve]) -> dict[str, int]:
     """Peaks of host and device memory, in bytes, and what they consist of."""
     config = run.config.get_text_config()
@@ -169,7 +185,7 @@ def estimate_memory(run: Run, solves: list[Solve]) -> dict[str, int]:
         sum(lengths[index] for index in numbers)
         for numbers in batches_of_equal_length(lengths, run.batch_tokens)
     )
-    hidden = sum(lengths) * config.hidden_size * size
+    hidden = sum(lengths) * kept_width(run, solves) * size
     weights = _bytes(run.shapes)
     free = psutil.virtual_memory().available
     limit = max(free - weights, 0) // 2 if run.cache_bytes is None else run.cache_bytes

@@ -11,25 +11,23 @@ import tqdm
 from compressed_tensors.utils import patch_attr
 from loguru import logger
 
-PASSES = 2
-"""Each layer runs twice, to calibrate it and to pass on its outputs; the last one once."""
-
 NOT_NEWS = ("No accelerator available", "Disabling tokenizer", "Calibration pipeline is set to")
 """How warnings begin that there is nothing to do about."""
 
 
 @contextmanager
 def layer_progress(
-    layers: list[torch.nn.Module], batches: int, finished: int = 0
+    layers: list[torch.nn.Module], batches: int, passes: int = 2, finished: int = 0
 ) -> Iterator[None]:
     """Show one bar over all layers while llm-compressor's own bars and chatter are quiet.
 
     :param layers: the decoder layers in order
     :param batches: calibration batches that go through each
+    :param passes: how often, the last of them to pass outputs on (but for the last layer)
     :param finished: layers that are only passed through, their calibration done in an earlier run
     """
     bar = tqdm.tqdm(
-        total=(len(layers) * PASSES - 1 - finished) * batches,
+        total=(len(layers) * passes - 1 - finished * (passes - 1)) * batches,
         desc=f"layer 1/{len(layers)}",
         bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} elapsed, {remaining} left",
         mininterval=0.5 if sys.stderr.isatty() else 15,

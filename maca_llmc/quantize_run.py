@@ -12,6 +12,7 @@ from maca_llmc import models, pipeline, record, smollm2
 from maca_llmc.containers import widen_containers
 from maca_llmc.errors import UserError
 from maca_llmc.faults import named_faults
+from maca_llmc.full_precision import forward_passes
 from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import (
     computing_on,
@@ -100,7 +101,9 @@ def _calibrate(run: Run, state: RunState) -> Any:
         with (
             run.timed("calibrate"),
             computing_on(run.device),
-            layer_progress(decoder_layers(model), len(loader), state.finished),
+            layer_progress(
+                decoder_layers(model), len(loader), forward_passes(run.modifier), state.finished
+            ),
             recorded_losses(lambda module, loss: run.losses.update({names[module]: loss})),
             pipeline.using(pipeline.Resources(LayerKeeper(run, state), hidden)),
         ):

@@ -8,7 +8,7 @@ import torch
 from checkpoints import DATA, quantize
 
 import maca_llmc
-from maca_llmc import ask_doctor, plan_table, planning, probe
+from maca_llmc import ask_doctor, pipeline, plan_table, planning, probe
 from maca_llmc.errors import UserError
 from maca_llmc.prepare import prepare
 
@@ -156,3 +156,30 @@ def test_the_tables_show_every_part(tiny_models, capsys, monkeypatch):
         "lm_head",
     ):
         assert text in shown
+
+
+GPTAQ = "gptaq_alpha: 1.0, " + GROUP % (4, "true")
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"), [("llama", {}), ("qwen3_moe", {"moe_intermediate_size": 64})]
+)
+def test_passes_and_what_is_kept_for_gptaq_are_those_of_the_run(
+    tiny_models, tmp_path, recipe, monkeypatch, family, shape
+):
+    source = tiny_models(family, **shape)
+    plain = planned(source, recipe(GROUP % (4, "true")), cache_gb=0)
+    found = planned(source, recipe(GPTAQ), cache_gb=0)
+    assert found["flops"]["forward"] == pytest.approx(plain["flops"]["forward"] * 5.5 / 1.5)
+    ran = []
+    original = pipeline.Batches.outputs
+
+    def outputs(self, layer, index, *rest):
+        ran.append(index)
+        return original(self, layer, index, *rest)
+
+    monkeypatch.setattr(pipeline.Batches, "outputs", outputs)
+    output = quantize(source, tmp_path / "out", recipe(GPTAQ), cache_gb=0)
+    assert (ran.count(0), ran.count(1)) == (6, 5)
+    kept = json.loads((output / "maca_run.json").read_text())["spilled_bytes"]
+    assert found["memory"]["spilled"] == kept

@@ -59,6 +59,11 @@ def test_layers_finished_in_an_earlier_run_are_only_passed_through(bars):
         assert bars[1].total == 2 + 2
 
 
+def test_more_passes_take_longer(bars):
+    with layer_progress([torch.nn.Identity() for _ in range(3)], batches=2, passes=6, finished=1):
+        assert bars[0].total == 2 * (1 + 6 + 5)
+
+
 def test_a_failing_run_does_not_show_a_full_bar(shown, bars):
     layer = torch.nn.Identity()
     with pytest.raises(RuntimeError), layer_progress([layer], batches=2):

@@ -167,6 +167,11 @@ RECIPES = {
             ", input_activations: {num_bits: 8, strategy: tensor, dynamic: false}",
         ),
     ),
+    "GPTAQ, scales by Hessian": (
+        "MaCaModifier",
+        "gptaq_alpha: 0.5, hessian_scales: true, "
+        + WEIGHTS % ("num_bits: 3, strategy: group, group_size: 32, symmetric: true", ""),
+    ),
     "nested": ("MaCaModifier", "scheme: W8A8, nested_scales: [4, 8]"),
     "stock GPTQ": ("GPTQModifier", "scheme: W8A8"),
 }
