@@ -48,26 +48,27 @@ SCHEMES = {
     "w3-g64": {"num_bits": 3, "strategy": "group", "group_size": 64, "symmetric": True},
     "w4-g64": {"num_bits": 4, "strategy": "group", "group_size": 64, "symmetric": True},
 }
-GPTQ = {"length_exponent": 0.0}
+OBSERVED = {"hessian_scales": False}
+GPTQ = {"length_exponent": 0.0, **OBSERVED}
 SEARCHED = {"hessian_scales": True}
+SINK = "first_token_weight"
 METHODS = {
     # name: the modifier's fields, and the calibration data
     **{f"gptq-{length}": (GPTQ, {"scales": (length,)}) for length in (128, 512, 2048)},
     **{
-        f"mixed-p{exponent:g}": ({"length_exponent": exponent}, {"scales": MIXED})
+        f"mixed-p{exponent:g}": ({"length_exponent": exponent, **OBSERVED}, {"scales": MIXED})
         for exponent in (0.0, 0.5, 1.0)
     },
-    "mixed-counts-p1": ({"length_exponent": 1.0}, {"scales": MIXED, "balance": "counts"}),
-    "documents-p1": ({"length_exponent": 1.0}, {"scales": (2048,), "whole_documents": True}),
-    "nested-p1": ({"nested_scales": [128, 256, 512, 1024]}, {"scales": (2048,)}),
+    "mixed-counts-p1": (OBSERVED, {"scales": MIXED, "balance": "counts"}),
+    "documents-p1": (OBSERVED, {"scales": (2048,), "whole_documents": True}),
+    "nested-p1": ({"nested_scales": [128, 256, 512, 1024], **OBSERVED}, {"scales": (2048,)}),
     **{
-        f"gptq-2048-first{weight:g}": (
-            {**GPTQ, "first_token_weight": weight},
-            {"scales": (2048,)},
-        )
+        f"gptq-2048-first{weight:g}": ({**GPTQ, SINK: weight}, {"scales": (2048,)})
         for weight in (4.0, 16.0, 64.0)
     },
-    "gptq-128-first0.0625": ({**GPTQ, "first_token_weight": 1 / 16}, {"scales": (128,)}),
+    "gptq-128-first0.0625": ({**GPTQ, SINK: 1 / 16}, {"scales": (128,)}),
+    "gptaq-2048": ({**GPTQ, "gptaq_alpha": 1.0}, {"scales": (2048,)}),
+    "mse-gptq-2048": ({**GPTQ, "observer": "memoryless_mse"}, {"scales": (2048,)}),
     # with scales searched under the Hessian
     **{
         f"hs-gptq-{length}": ({**GPTQ, **SEARCHED}, {"scales": (length,)})
@@ -75,34 +76,27 @@ METHODS = {
     },
     "hs-mixed-p1": (SEARCHED, {"scales": MIXED}),
     "hs-mixed-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": MIXED}),
+    "hs-mixed-p1-first4": ({**SEARCHED, SINK: 4.0}, {"scales": MIXED}),
     "hs-mixed-p1-first4-damp0.001": (
-        {**SEARCHED, "first_token_weight": 4.0, "dampening_frac": 0.001},
+        {**SEARCHED, SINK: 4.0, "dampening_frac": 0.001},
         {"scales": MIXED},
     ),
-    "hs-2048-first64-damp0.001": (
-        {**GPTQ, **SEARCHED, "first_token_weight": 64.0, "dampening_frac": 0.001},
-        {"scales": (2048,)},
-    ),
-    "hs-512-first16-damp0.001": (
-        {**GPTQ, **SEARCHED, "first_token_weight": 16.0, "dampening_frac": 0.001},
-        {"scales": (512,)},
-    ),
-    "hs-short-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": SHORT}),
-    "hs-128-damp0.001": (
-        {**GPTQ, **SEARCHED, "dampening_frac": 0.001},
-        {"scales": (128,)},
-    ),
+    "hs-short-p1": (SEARCHED, {"scales": SHORT}),
+    "hs-512-first16": ({**GPTQ, **SEARCHED, SINK: 16.0}, {"scales": (512,)}),
+    "hs-2048-first64": ({**GPTQ, **SEARCHED, SINK: 64.0}, {"scales": (2048,)}),
+    "hs-128-damp0.001": ({**GPTQ, **SEARCHED, "dampening_frac": 0.001}, {"scales": (128,)}),
     # and with GPTAQ
-    "gptaq-2048": ({**GPTQ, "gptaq_alpha": 1.0}, {"scales": (2048,)}),
-    "hs-gptaq-128-damp0.001": (
-        {**GPTQ, **SEARCHED, "dampening_frac": 0.001, "gptaq_alpha": 1.0},
-        {"scales": (128,)},
+    **{
+        f"hs-gptaq{prefix}-128-damp0.001": (
+            {**GPTQ, **SEARCHED, "dampening_frac": 0.001, "gptaq_alpha": alpha},
+            {"scales": (128,)},
+        )
+        for prefix, alpha in (("0.25", 0.25), ("", 1.0))
+    },
+    "hs-gptaq0.25-mixed-p1-first4": (
+        {**SEARCHED, SINK: 4.0, "gptaq_alpha": 0.25},
+        {"scales": MIXED},
     ),
-    "hs-gptaq0.25-128-damp0.001": (
-        {**GPTQ, **SEARCHED, "dampening_frac": 0.001, "gptaq_alpha": 0.25},
-        {"scales": (128,)},
-    ),
-    "mse-gptq-2048": ({**GPTQ, "observer": "memoryless_mse"}, {"scales": (2048,)}),
 }
 KEY = ("model", "scheme", "method", "seed")
 

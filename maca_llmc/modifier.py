@@ -26,7 +26,7 @@ from maca_llmc.llmcompressor_api import (
     keep_causal_masks,
     restore_gptq_progress,
 )
-from maca_llmc.schemes import check_own_fields
+from maca_llmc.schemes import check_gptaq
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
 from maca_llmc.shared_inputs import Group, Input, SharedInputs, common_partition
 from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
@@ -66,7 +66,8 @@ class MaCaModifier(GPTQModifier):
         gets, above 0. It is an attention sink in most models, and short sequences have more of
         them: set it to find out what its share does. 1 (the default) leaves it alone.
     :param hessian_scales: choose the scale of each group by what rounding costs under the Hessian
-        (see ``scales.py``) instead of by the range of its weights. Integers by group or channel.
+        (see ``scales.py``) instead of by the range of its weights: of integers by group or channel,
+        where the recipe names no observer of its own. False leaves scales to observers.
     :param gptaq_alpha: above 0 it is GPTAQ (arXiv 2504.02692): weights also make up for what their
         inputs have become behind the quantized layers before them, wholly at 1. It takes the
         pipeline "maca", one rank, integers by group or channel, and about three times the forward
@@ -111,7 +112,7 @@ class MaCaModifier(GPTQModifier):
     length_exponent: float = Field(default=1.0, ge=0.0, le=1.0)
     nested_scales: list[int] | None = None
     first_token_weight: float = Field(default=1.0, gt=0.0)
-    hessian_scales: bool = False
+    hessian_scales: bool = True
     gptaq_alpha: float = Field(default=0.0, ge=0.0, le=1.0)
 
     _layout: BatchLayout | None = PrivateAttr(default=None)
@@ -180,7 +181,7 @@ class MaCaModifier(GPTQModifier):
         if self.nested_scales:
             refuse_length_dependence(state.model.config)
         keep_causal_masks(state.model.config)
-        check_own_fields(self)
+        check_gptaq(self)
         return super().on_initialize(state, **kwargs)
 
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:

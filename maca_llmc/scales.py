@@ -15,7 +15,7 @@ far as the larger side needs. Every kernel multiplies by the scale, whatever its
 from collections.abc import Iterator
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.utils import calculate_qparams, calculate_range
 
 SHRINKS = tuple(1 - 0.025 * step for step in range(21))
@@ -24,8 +24,20 @@ SHRINKS = tuple(1 - 0.025 * step for step in range(21))
 SIGNED_BITS = 4
 """Widest codes for which the sign is searched: with more, one code more is worth nothing."""
 
+RANGE_OBSERVERS = (None, "minmax", "memoryless_minmax")
+"""What llm-compressor fills in where a recipe names no observer."""
+
 WEIGHTS_AT_ONCE = 1 << 17
 """Weights searched together: few enough to stay in a CPU's second cache."""
+
+
+def are_searched(args: QuantizationArgs) -> bool:
+    """Whether a scheme's scales are searched for: integers by group or channel, and by default.
+
+    A recipe that names an observer of its own (``memoryless_mse``) keeps it.
+    """
+    by_row = args.strategy in ("group", "channel")
+    return by_row and args.type == QuantizationType.INT and args.observer in RANGE_OBSERVERS
 
 
 def column_costs(upper: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

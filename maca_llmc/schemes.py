@@ -84,7 +84,7 @@ def check_schemes(modifier: Any, model: Any) -> None:
             f"the recipe's targets {sorted(modifier.resolved_targets)} match no Linear of the "
             "model: use targets: [Linear]"
         )
-    check_own_fields(modifier)
+    check_gptaq(modifier)
     if modifier.bypass_divisibility_checks:
         return
     for scheme in modifier.resolved_config.config_groups.values():
@@ -104,21 +104,20 @@ def check_schemes(modifier: Any, model: Any) -> None:
             )
 
 
-def check_own_fields(modifier: Any) -> None:
-    """Refuse schemes that fields of ``MaCaModifier`` do not work for.
+def check_gptaq(modifier: Any) -> None:
+    """Refuse schemes that GPTAQ's sweep is not written for.
 
-    :raises CalibrationError: names the field
+    :raises CalibrationError: names the scheme
     """
-    for field in ("hessian_scales", "gptaq_alpha"):
-        if not getattr(modifier, field, None):
-            continue
-        for scheme in modifier.resolved_config.config_groups.values():
-            args = scheme.weights
-            if args.type != QuantizationType.INT or args.strategy not in ("group", "channel"):
-                raise CalibrationError(
-                    f"{field}: works for integers by group or channel, not for {args.type} by "
-                    f"{args.strategy}: leave it out"
-                )
+    if not getattr(modifier, "gptaq_alpha", 0):
+        return
+    for scheme in modifier.resolved_config.config_groups.values():
+        args = scheme.weights
+        if args.type != QuantizationType.INT or args.strategy not in ("group", "channel"):
+            raise CalibrationError(
+                f"gptaq_alpha: works for integers by group or channel, not for {args.type} by "
+                f"{args.strategy}: leave it out"
+            )
 
 
 def _reached_by_text(model: Any) -> set[str]:

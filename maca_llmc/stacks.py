@@ -16,7 +16,7 @@ from maca_llmc.llmcompressor_api import (
     update_batch_qparams,
 )
 from maca_llmc.losses import active_report, relative_error, row_energies
-from maca_llmc.scales import column_costs, search_scales
+from maca_llmc.scales import are_searched, column_costs, search_scales
 from maca_llmc.solve import BlockUpdate, Factor, sweep
 
 QuantizedModule = Any
@@ -83,7 +83,7 @@ def quantize_stacks(
         args = stacks[0][0].quantization_scheme.weights
         modules = [module for stack in stacks for module in stack]
         qparams = {module: module.weight_observer.get_qparams() for module in modules}
-        if hessian_scales:
+        if hessian_scales and are_searched(args):
             for stack, factor in zip(stacks, factors, strict=True):
                 costs = column_costs(factor.upper, factor.order)
                 for module in stack:

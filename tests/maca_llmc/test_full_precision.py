@@ -111,3 +111,15 @@ def test_another_pipeline_is_refused(tmp_path):
             recipe=modifier,
             pipeline="sequential",
         )
+
+
+@pytest.mark.parametrize("scheme", ["FP8", "NVFP4A16"])
+def test_schemes_without_a_sweep_are_refused(tmp_path, scheme):
+    modifier = MaCaModifier(gptaq_alpha=1.0, scheme=scheme, ignore=["lm_head"])
+    with pytest.raises(ValueError, match="gptaq_alpha: works for integers by group or channel"):
+        oneshot(
+            model=load(save_tiny_model("llama", tmp_path)),
+            dataset=loader(random_sequences([16])),
+            recipe=modifier,
+            pipeline="maca",
+        )

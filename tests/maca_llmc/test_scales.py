@@ -10,8 +10,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, calculate_r
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
-from maca_llmc.errors import UserError
-from maca_llmc.scales import SHRINKS, check_searchable, column_costs, search_scales
+from maca_llmc.scales import SHRINKS, are_searched, column_costs, search_scales
 from maca_llmc.solve import factorize
 
 W3 = QuantizationArgs(num_bits=3, strategy="group", group_size=32, symmetric=True)
@@ -103,15 +102,18 @@ def test_costs_are_those_of_the_sweep(ordered):
 
 
 @pytest.mark.parametrize(
-    "args",
+    ("args", "searched"),
     [
-        QuantizationArgs(num_bits=8, strategy="tensor"),
-        QuantizationArgs(num_bits=8, type="float", strategy="channel"),
+        (W3, True),
+        (QuantizationArgs(num_bits=8, strategy="channel"), True),
+        (W3.model_copy(update={"observer": "memoryless_minmax"}), True),
+        (W3.model_copy(update={"observer": "memoryless_mse"}), False),
+        (QuantizationArgs(num_bits=8, strategy="tensor"), False),
+        (QuantizationArgs(num_bits=8, type="float", strategy="channel"), False),
     ],
 )
-def test_other_schemes_are_refused(args):
-    with pytest.raises(UserError, match="hessian_scales: searches scales of integers by group"):
-        check_searchable(args)
+def test_which_schemes_are_searched(args, searched):
+    assert are_searched(args) == searched
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
