@@ -2,14 +2,15 @@
 
     python3 benchmarks/agreement.py         # writes benchmarks/results/agreement.json
 
-MaCa with ``length_exponent: 0`` calibrates the embedded model (W4, group 64). From the very inputs
-it sees, stock's Hessians are accumulated beside its own, and every module is solved by stock's
-``quantize_weight`` too, alone: once from our Hessian, which must give the same codes, and once from
-stock's, where sums may differ in the last bit. There each row's first differing column (in the
-order of the sweep) is looked at: how far, in float64, its weight was from the boundary between two
-codes. Then stock GPTQ quantizes the model, once through the same pipeline (the same attention, so
-what differs is the solver alone) and once through its own (eager attention), and the models are
-compared: of rounding differences that meet a boundary, later layers make more.
+MaCa with ``length_exponent: 0`` and ``hessian_scales: false`` calibrates the embedded model (W4,
+group 64). From the very inputs it sees, stock's Hessians are accumulated beside its own, and every
+module is solved by stock's ``quantize_weight`` too, alone: once from our Hessian, which must give
+the same codes, and once from stock's, where sums may differ in the last bit. There each row's first
+differing column (in the order of the sweep) is looked at: how far, in float64, its weight was from
+the boundary between two codes. Then stock GPTQ quantizes the model, once through the same pipeline
+(the same attention, so what differs is the solver alone) and once through its own (eager
+attention), and the models are compared: of rounding differences that meet a boundary, later layers
+make more.
 """
 
 import json
@@ -149,7 +150,7 @@ def main() -> None:
         batch_size=None,
     )
     base, ours, same_pipeline, stock = load(), load(), load(), load()
-    modifier = Compared(**SCHEME, length_exponent=0.0)
+    modifier = Compared(**SCHEME, length_exponent=0.0, hessian_scales=False)
     oneshot(model=ours, dataset=data, recipe=modifier, processor=tokenizer, pipeline=pipeline.NAME)
     oneshot(
         model=same_pipeline,

@@ -151,11 +151,14 @@ def weights_of(model):
     }
 
 
+AS_STOCK = {"length_exponent": 0.0, "hessian_scales": False}
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_exponent_zero_is_stock_gptq(tiny_model, family):
     sequences = random_sequences(LENGTHS)
     found, quantized = [], []
-    for modifier_class, fields in ((WatchedGPTQ, {}), (WatchedMaCa, {"length_exponent": 0.0})):
+    for modifier_class, fields in ((WatchedGPTQ, {}), (WatchedMaCa, AS_STOCK)):
         layer = {}
 
         def keep(model, hessians, counts, layer=layer):
@@ -180,7 +183,7 @@ def test_exponent_zero_is_stock_gptq(tiny_model, family):
 def quantized_from_the_same_hessians(tiny_model, scheme):
     """Weights by stock GPTQ and by MaCa, both solved from one and the same set of Hessians."""
     shared, quantized = {}, []
-    for modifier_class, fields in ((WatchedGPTQ, {}), (WatchedMaCa, {"length_exponent": 0.0})):
+    for modifier_class, fields in ((WatchedGPTQ, {}), (WatchedMaCa, AS_STOCK)):
         model = tiny_model("llama")
         modifier = modifier_class(**scheme, **fields)
 

@@ -128,6 +128,8 @@ def test_every_field_of_the_record_is_filled(checkpoint, licensed_model):
         "length_exponent": 1.0,
         "nested_scales": None,
         "first_token_weight": 1.0,
+        "hessian_scales": True,
+        "gptaq_alpha": 0.0,
     }
     assert record["versions"]["llmcompressor"] == "0.14.0.1"
     assert record["wall_seconds"].keys() == {"load", "calibrate", "save"}
