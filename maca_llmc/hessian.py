@@ -75,7 +75,8 @@ def add_rows(hessian: torch.Tensor, rows: torch.Tensor, weight: float) -> None:
     on_tensor_cores = hessian.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
     with _bfloat16_products(rows):
         for part in [rows] if on_tensor_cores else rows.split(ROWS_AT_ONCE):
-            for target, left, right in _lower_blocks(hessian, part):
+            factors = part if on_tensor_cores else part.to(hessian.dtype)
+            for target, left, right in _lower_blocks(hessian, factors):
                 _add_product(target, left, right, GPTQ_FACTOR * weight, on_tensor_cores)
 
 
@@ -129,8 +130,6 @@ def _lower_blocks(
     hessian: torch.Tensor, rows: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Blocks of columns from the diagonal down, and the two factors of what is added to each."""
-    if not (hessian.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)):
-        rows = rows.to(hessian.dtype)
     for start, stop in _blocks(hessian):
         yield hessian[start:, start:stop], rows[:, start:].t(), rows[:, start:stop]
 

@@ -2,54 +2,40 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from compressed_tensors.utils import getattr_chain
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
-from torch import distributed as dist
 
 from maca_llmc.asymmetry import feedback
 from maca_llmc.causality import refuse_length_dependence
 from maca_llmc.errors import CalibrationError
-from maca_llmc.hessian import WeightedHessian, add_cross, fill_dead_columns, mirror
+from maca_llmc.hessian import fill_dead_columns, mirror
 from maca_llmc.inspection import DiagonalRecorder
 from maca_llmc.llmcompressor_api import (
     GPTQModifier,
     ModifierFactory,
-    broadcast_quantized,
+    assign_batches,
     empty_hessian,
     forget_causal_masks,
     gptq_progress,
     keep_causal_masks,
     restore_gptq_progress,
 )
+from maca_llmc.moments import Moments
+from maca_llmc.ranks import agree_on_groups, agree_on_scale, broadcast_followers, world_size
 from maca_llmc.schemes import check_gptaq
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
-from maca_llmc.shared_inputs import Group, Input, SharedInputs, common_partition
+from maca_llmc.shared_inputs import Group, Input, SharedInputs
 from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
-from maca_llmc.stacks import quantize_stacks, row_stacks, solve_batches
+from maca_llmc.stacks import quantize_stacks, row_stacks
 from maca_llmc.token_weights import Segment, sequence_segments, total_weight
 
 __all__ = ["MaCaModifier"]
 
 FullInput = Callable[[torch.nn.Module], torch.Tensor | None]
-
-
-@dataclass
-class Statistic:
-    """What is kept of the inputs of a group of modules.
-
-    :param hessian: of all their rows
-    :param count: how many sequences they are
-    :param cross: float32 ``[d, d]``, ``2 * sum of weight * (x_fp - x_q) x_q^T``; for GPTAQ
-    """
-
-    hessian: WeightedHessian
-    count: torch.Tensor
-    cross: torch.Tensor | None = None
 
 
 class MaCaModifier(GPTQModifier):
@@ -118,8 +104,8 @@ class MaCaModifier(GPTQModifier):
     _layout: BatchLayout | None = PrivateAttr(default=None)
     _reference: int | None = PrivateAttr(default=None)
     _weighted: bool = PrivateAttr(default=False)
-    _inputs: SharedInputs[Statistic] = PrivateAttr()
-    _groups: dict[torch.nn.Module, Group[Statistic]] = PrivateAttr(default_factory=dict)
+    _inputs: SharedInputs[Moments] = PrivateAttr()
+    _groups: dict[torch.nn.Module, Group[Moments]] = PrivateAttr(default_factory=dict)
     _ranks: dict[torch.nn.Module, int] = PrivateAttr(default_factory=dict)
     _done: set[torch.nn.Module] = PrivateAttr(default_factory=set)
     _unseen: list[str] = PrivateAttr(default_factory=list)
@@ -139,7 +125,7 @@ class MaCaModifier(GPTQModifier):
     def model_post_init(self, context: Any, /) -> None:
         """Start with no inputs seen."""
         super().model_post_init(context)
-        self._inputs = SharedInputs(_empty_statistic, self._add_input, _copy_statistic)
+        self._inputs = SharedInputs(self._no_moments, self._add_input, Moments.copy)
 
     @property
     def raised_dampening(self) -> dict[str, float]:
@@ -254,11 +240,11 @@ class MaCaModifier(GPTQModifier):
         groups = self._inputs.take()
         for group in groups:
             group.statistic.hessian.settle()
-        ranks = _ranks()
+        ranks = world_size()
         if ranks > 1 and self.gptaq_alpha:
             raise CalibrationError(f"gptaq_alpha: works on one rank, not on {ranks}: set it to 0")
         if ranks > 1:
-            groups = self._agree_on_groups(groups, ranks)
+            groups = agree_on_groups(groups, self._module_names)
         # stock's own bookkeeping, with one entry a group: its first member
         self._groups = {group.members[0]: group for group in groups}
         self._hessians = {
@@ -267,7 +253,7 @@ class MaCaModifier(GPTQModifier):
         self._num_samples = {first: group.statistic.count for first, group in self._groups.items()}
         super().compress_modules()
         if ranks > 1:
-            self._broadcast_followers()
+            broadcast_followers(groups, self._ranks)
         self._done.update(member for group in groups for member in group.members)
         self._groups = {}
 
@@ -279,7 +265,7 @@ class MaCaModifier(GPTQModifier):
         """
         hessians = {first: self._completed_hessian(first) for first in module_list}
         alone = [first for first in module_list if len(self._groups[first].members) == 1]
-        for batch in solve_batches(alone, self.batched_quantization, self.block_size):
+        for batch in assign_batches(alone, self.batched_quantization, self.block_size):
             factors = [self._factor(first, hessians[first], _ordered(first)) for first in batch]
             used = [hessians.pop(first) for first in batch]
             self._solve([[first] for first in batch], factors, used, self._feeds(batch, factors))
@@ -289,7 +275,10 @@ class MaCaModifier(GPTQModifier):
     def _reduce_hessian_to_target_rank(self, module_list: Any, module_to_rank: Any) -> None:
         self._ranks = module_to_rank
         if module_list:  # a subgraph without modules to quantize, such as the head, comes too
-            self._agree_on_reference(module_list)
+            hessians = [self._hessians[module] for module in module_list]
+            self._reference, self._weighted = agree_on_scale(
+                hessians, self._reference, self._weighted, self.length_exponent
+            )
         super()._reduce_hessian_to_target_rank(module_list, module_to_rank)
 
     # the parts
@@ -325,41 +314,37 @@ class MaCaModifier(GPTQModifier):
             self.first_token_weight,
         )
 
-    def _add_input(
-        self, modules: list[torch.nn.Module], statistic: Statistic, given: Input
-    ) -> None:
+    def _no_moments(self, module: torch.nn.Module) -> Moments:
+        return Moments.onto(empty_hessian(module), asymmetric=self.gptaq_alpha > 0)
+
+    def _add_input(self, modules: list[torch.nn.Module], moments: Moments, given: Input) -> None:
         layout, full = given.context
         tokens = module_tokens(modules[0], given.tensor)
         if full is not None:  # side by side, so that they are split alike
             other = module_tokens(modules[0], full).to(tokens.device)
             tokens = torch.cat([tokens, other], dim=-1)
-            if statistic.cross is None:
-                statistic.cross = torch.zeros_like(statistic.hessian.hessian)
         if tokens.shape[0] and _unpadded(tokens, layout):  # rows all alike: no need to take apart
             sequences = [tokens]
         else:
             split = split_sequences(tokens, layout)
             if split is None:
-                self._add_routed(modules, statistic, tokens, layout)
+                self._add_routed(modules, moments, tokens, layout)
                 return
             sequences = [sequence.unsqueeze(0) for sequence in split]
         for rows in sequences:
             for segment in self._segments(rows.shape[1]):
                 part = rows[:, segment.start : segment.stop]
-                self._add(statistic, part.reshape(-1, part.shape[-1]), segment.weight)
-            statistic.count += rows.shape[0]
+                self._add(moments, part.reshape(-1, part.shape[-1]), segment.weight)
+            moments.count += rows.shape[0]
 
-    def _add(self, statistic: Statistic, rows: torch.Tensor, weight: float) -> None:
+    def _add(self, moments: Moments, rows: torch.Tensor, weight: float) -> None:
         self._weighted |= weight != 1.0
-        if statistic.cross is not None:
-            rows, full = rows.chunk(2, dim=-1)
-            add_cross(statistic.cross, full, rows, weight)
-        statistic.hessian.add(rows, weight)
+        moments.add(rows, weight)
 
     def _add_routed(
         self,
         modules: list[torch.nn.Module],
-        statistic: Statistic,
+        moments: Moments,
         tokens: torch.Tensor,
         layout: BatchLayout,
     ) -> None:
@@ -370,8 +355,8 @@ class MaCaModifier(GPTQModifier):
             )
         totals = [total_weight(self._segments(length)) for length in layout.lengths]
         mean = sum(total for total, _ in totals) / sum(count for _, count in totals)
-        self._add(statistic, tokens, mean)
-        statistic.count += 1
+        self._add(moments, tokens, mean)
+        moments.count += 1
 
     def _completed_hessian(self, first: torch.nn.Module) -> torch.Tensor:
         hessian, count = self._hessians.pop(first), self._num_samples.pop(first)
@@ -415,9 +400,9 @@ class MaCaModifier(GPTQModifier):
             return None
         feeds = []
         for first, factor in zip(firsts, factors, strict=True):
-            statistic = self._groups[first].statistic
-            assert statistic.cross is not None  # every input came with its full-precision one
-            cross = statistic.cross / statistic.count.clamp(min=1)  # as the Hessian is divided
+            moments = self._groups[first].statistic
+            assert moments.cross is not None  # every input came with its full-precision one
+            cross = moments.cross / moments.count.clamp(min=1)  # as the Hessian is divided
             feeds.append(feedback(cross, factor, self.gptaq_alpha))
         return torch.stack(feeds)
 
@@ -433,63 +418,6 @@ class MaCaModifier(GPTQModifier):
         quantize_stacks(stacks, factors, hessians, self.block_size, self.hessian_scales, feeds)
         self._num_compressed_modules += len(names)
 
-    # several ranks
-
-    def _agree_on_groups(
-        self, groups: list[Group[Statistic]], ranks: int
-    ) -> list[Group[Statistic]]:
-        """Groups that are together on every rank, in the same order on all."""
-        own = [[self._module_names[member] for member in group.members] for group in groups]
-        everyone: list[list[list[str]]] = [[] for _ in range(ranks)]
-        dist.all_gather_object(everyone, own)
-        module_of = {name: module for module, name in self._module_names.items()}
-        group_of = {member: group for group in groups for member in group.members}
-        agreed = []
-        for names in common_partition(everyone):
-            members = [module_of[name] for name in names]
-            group = group_of.get(members[0])
-            statistic = _empty_statistic(members[0]) if group is None else group.statistic
-            if group is not None and len(group.members) != len(members):
-                statistic = _copy_statistic(statistic)  # each part is reduced by itself
-            agreed.append(Group(members, statistic))
-        return agreed
-
-    def _broadcast_followers(self) -> None:
-        rank_of = {
-            member: self._ranks[first]
-            for first, group in self._groups.items()
-            for member in group.members[1:]
-        }
-        broadcast_quantized(rank_of)
-        # on the CPU ranks share the weights in memory, and llm-compressor does not wait there
-        # until all are written
-        dist.barrier()
-
-    def _agree_on_reference(self, modules: list[torch.nn.Module]) -> None:
-        """Put the Hessians of all ranks on one scale before they are added up."""
-        own = self._reference or 0
-        agreed = torch.tensor([own, self._weighted], device=self._num_samples[modules[0]].device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        shared = int(agreed[0])
-        factor = (own / shared) ** -self.length_exponent if own else 1.0
-        # a rank whose own lengths are all alike does not know that another rank's differ
-        rescaled = torch.tensor([factor != 1.0 or bool(agreed[1])], device=agreed.device).int()
-        dist.all_reduce(rescaled, op=dist.ReduceOp.MAX)
-        self._reference, self._weighted = shared, bool(rescaled)
-        if factor != 1.0:
-            for module in modules:
-                self._hessians[module] *= factor
-
-
-def _empty_statistic(module: torch.nn.Module) -> Statistic:
-    hessian = empty_hessian(module)
-    return Statistic(WeightedHessian(hessian), torch.zeros((), device=hessian.device))
-
-
-def _copy_statistic(statistic: Statistic) -> Statistic:
-    cross = None if statistic.cross is None else statistic.cross.clone()
-    return Statistic(statistic.hessian.copy(), statistic.count.clone(), cross)
-
 
 def _unpadded(tokens: torch.Tensor, layout: BatchLayout | None) -> bool:
     """Whether ``tokens`` are ``[b, T, d]`` of a batch without padding."""
@@ -500,10 +428,6 @@ def _unpadded(tokens: torch.Tensor, layout: BatchLayout | None) -> bool:
 
 def _ordered(module: torch.nn.Module) -> bool:
     return bool(module.quantization_scheme.weights.actorder)  # type: ignore[union-attr]
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _forward_signature(module: torch.nn.Module) -> inspect.Signature:

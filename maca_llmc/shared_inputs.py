@@ -138,21 +138,6 @@ class SharedInputs(Generic[Statistic]):
         self._add(group.members, group.statistic, given)
 
 
-def common_partition(partitions: list[list[list[str]]]) -> list[list[str]]:
-    """What is together in every partition, as names in sorted order.
-
-    :param partitions: per rank, its groups of module names; a module may be missing on a rank
-    """
-    group_of = [
-        {name: index for index, group in enumerate(partition) for name in group}
-        for partition in partitions
-    ]
-    together: dict[tuple[int | None, ...], list[str]] = {}
-    for name in sorted({name for found in group_of for name in found}):
-        together.setdefault(tuple(found.get(name) for found in group_of), []).append(name)
-    return list(together.values())
-
-
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors that are both alive are the same memory, read the same way."""
     return one is other or _address(one) == _address(other)

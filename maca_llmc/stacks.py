@@ -9,7 +9,6 @@ from compressed_tensors.quantization import ActivationOrdering, QuantizationStra
 
 from maca_llmc.asymmetry import asymmetric_block_update
 from maca_llmc.llmcompressor_api import (
-    assign_batches,
     batch_key,
     disable_offloading,
     gptq_block_update,
@@ -50,13 +49,6 @@ def row_stacks(modules: list[QuantizedModule]) -> list[list[QuantizedModule]]:
             stacks.append(stack)
         stack.append(module)
     return stacks
-
-
-def solve_batches(
-    modules: list[QuantizedModule], batched: str | int | None, block_size: int
-) -> list[list[QuantizedModule]]:
-    """Modules of different inputs that llm-compressor would solve side by side."""
-    return assign_batches(modules, batched, block_size)
 
 
 @torch.no_grad()
@@ -121,7 +113,10 @@ def _sums(values: torch.Tensor, rows: list[int]) -> list[float]:
 
 
 def _stacked(stacks: Any, of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-    return torch.stack([torch.cat([of(module) for module in stack]) for stack in stacks])
+    """One matrix per stack; a stack of one may have a scale that is none."""
+    return torch.stack(
+        [of(stack[0]) if len(stack) == 1 else torch.cat([of(m) for m in stack]) for stack in stacks]
+    )
 
 
 def _global_scales(modules: Any, qparams: Any) -> list[torch.Tensor] | None:
@@ -137,18 +132,11 @@ def _block_update(
     global_scales = _global_scales([stack[0] for stack in stacks], qparams)
     return partial(
         update,
-        scale=_per_stack(stacks, lambda module: qparams[module]["scale"]),
-        zero_point=_per_stack(stacks, lambda module: qparams[module]["zero_point"]),
+        scale=_stacked(stacks, lambda module: qparams[module]["scale"]),
+        zero_point=_stacked(stacks, lambda module: qparams[module]["zero_point"]),
         global_scale=None if global_scales is None else torch.stack(global_scales),
         g_idx=_column_groups(args, factors),
         quant_args=args,
-    )
-
-
-def _per_stack(stacks: Any, of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-    """As ``_stacked``, but a stack of one may have a scale that is no matrix."""
-    return torch.stack(
-        [of(stack[0]) if len(stack) == 1 else torch.cat([of(m) for m in stack]) for stack in stacks]
     )
 
 

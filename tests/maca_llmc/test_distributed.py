@@ -50,10 +50,13 @@ def calibrate(folders, case, rank=None):
     if rank is not None:
         sequences = sequences[rank::RANKS]
     model = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32).eval()
-    modifier = Watched(**SCHEME, length_exponent=exponent, nested_scales=scales)
+    routed = family == "qwen3_moe"
+    # a routed expert's few tokens leave directions that only the dampening gives a cost: scales
+    # that cost nearly the same there may be chosen by the last bit of a sum
+    fields = {"length_exponent": exponent, "nested_scales": scales, "hessian_scales": not routed}
+    modifier = Watched(**SCHEME, **fields)
     object.__setattr__(modifier, "_found", {})
     modifier.ignore.append(r"re:.*mlp\.gate$")
-    routed = family == "qwen3_moe"
     data = loader(sequences)
     oneshot(model=model, dataset=data, recipe=modifier, moe_calibrate_all_experts=not routed)
     weights = {

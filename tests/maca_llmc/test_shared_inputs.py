@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from maca_llmc.shared_inputs import Input, SharedInputs, common_partition
+from maca_llmc.shared_inputs import Input, SharedInputs
 
 
 def lists_of_inputs():
@@ -117,15 +117,3 @@ def test_each_module_has_what_it_received_whatever_the_order(seed):
     assert sum(len(group.members) for group in groups) == len(found)
     for module, values in expected.items():
         assert [float(value) for value in found.get(module, [])] == values
-
-
-def test_what_is_together_on_every_rank():
-    ranks = [
-        [["q", "k", "v"], ["gate", "up"]],
-        [["v", "q"], ["k"], ["up", "gate"], ["down"]],
-    ]
-    assert common_partition(ranks) == [["down"], ["gate", "up"], ["k"], ["q", "v"]]
-
-
-def test_modules_missing_on_one_rank_stay_together():
-    assert common_partition([[["gate", "up"]], []]) == [["gate", "up"]]

@@ -1,0 +1,104 @@
+"""What the accuracy grid is made of: models' schemes, calibration methods, and where cells go."""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CELLS = HERE / "results" / "accuracy.jsonl"
+TOKENS = 16_384
+LENGTHS = (128, 512, 2048)
+WINDOWS = 12
+TARGETS = 96
+MIXED = (128, 256, 512, 1024, 2048)
+SHORT = (32, 64, 128, 256, 512)
+
+SCHEMES = {
+    "w3-g32": {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": False},
+    "w3-g64": {"num_bits": 3, "strategy": "group", "group_size": 64, "symmetric": True},
+    "w4-g64": {"num_bits": 4, "strategy": "group", "group_size": 64, "symmetric": True},
+}
+OBSERVED = {"hessian_scales": False}
+GPTQ = {"length_exponent": 0.0, **OBSERVED}
+SEARCHED = {"hessian_scales": True}
+SINK = "first_token_weight"
+METHODS = {
+    # name: the modifier's fields, and the calibration data
+    **{f"gptq-{length}": (GPTQ, {"scales": (length,)}) for length in (128, 512, 2048)},
+    **{
+        f"mixed-p{exponent:g}": ({"length_exponent": exponent, **OBSERVED}, {"scales": MIXED})
+        for exponent in (0.0, 0.5, 1.0)
+    },
+    "mixed-counts-p1": (OBSERVED, {"scales": MIXED, "balance": "counts"}),
+    "documents-p1": (OBSERVED, {"scales": (2048,), "whole_documents": True}),
+    "nested-p1": ({"nested_scales": [128, 256, 512, 1024], **OBSERVED}, {"scales": (2048,)}),
+    **{
+        f"gptq-2048-first{weight:g}": ({**GPTQ, SINK: weight}, {"scales": (2048,)})
+        for weight in (4.0, 16.0, 64.0)
+    },
+    "gptq-128-first0.0625": ({**GPTQ, SINK: 1 / 16}, {"scales": (128,)}),
+    "gptaq-2048": ({**GPTQ, "gptaq_alpha": 1.0}, {"scales": (2048,)}),
+    "mse-gptq-2048": ({**GPTQ, "observer": "memoryless_mse"}, {"scales": (2048,)}),
+    # with scales searched under the Hessian
+    **{
+        f"hs-gptq-{length}": ({**GPTQ, **SEARCHED}, {"scales": (length,)})
+        for length in (128, 512, 2048)
+    },
+    "hs-mixed-p1": (SEARCHED, {"scales": MIXED}),
+    "hs-mixed-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": MIXED}),
+    "hs-mixed-p1-first4": ({**SEARCHED, SINK: 4.0}, {"scales": MIXED}),
+    "hs-mixed-p1-first4-damp0.001": (
+        {**SEARCHED, SINK: 4.0, "dampening_frac": 0.001},
+        {"scales": MIXED},
+    ),
+    "hs-short-p1": (SEARCHED, {"scales": SHORT}),
+    "hs-512-first16": ({**GPTQ, **SEARCHED, SINK: 16.0}, {"scales": (512,)}),
+    "hs-2048-first64": ({**GPTQ, **SEARCHED, SINK: 64.0}, {"scales": (2048,)}),
+    "hs-128-damp0.001": ({**GPTQ, **SEARCHED, "dampening_frac": 0.001}, {"scales": (128,)}),
+    # and with GPTAQ
+    **{
+        f"hs-gptaq{prefix}-128-damp0.001": (
+            {**GPTQ, **SEARCHED, "dampening_frac": 0.001, "gptaq_alpha": alpha},
+            {"scales": (128,)},
+        )
+        for prefix, alpha in (("0.25", 0.25), ("", 1.0))
+    },
+    "hs-gptaq0.25-mixed-p1-first4": (
+        {**SEARCHED, SINK: 4.0, "gptaq_alpha": 0.25},
+        {"scales": MIXED},
+    ),
+}
+DEFAULT = "hs-mixed-p1-first4"
+"""What ``maca-llmc quantize`` does when it is not told otherwise."""
+
+BASELINES = ("gptq-512", "gptq-2048", "gptq-128")
+
+EFFECTS = (
+    # what is changed, from, to
+    ("several lengths, tokens alike", "gptq-2048", "mixed-p0"),
+    ("each sequence one sample (MaCa as we read it)", "mixed-p0", "mixed-p1"),
+    ("both of these", "gptq-2048", "mixed-p1"),
+    ("short sequences, tokens alike", "gptq-2048", "gptq-512"),
+    ("shorter ones", "gptq-2048", "gptq-128"),
+    ("nested prefixes", "gptq-2048", "nested-p1"),
+    ("scales by mean squared error", "gptq-2048", "mse-gptq-2048"),
+    ("scales by Hessian", "gptq-2048", "hs-gptq-2048"),
+    ("scales by Hessian", "gptq-128", "hs-gptq-128"),
+    ("scales by Hessian", "mixed-p1", "hs-mixed-p1"),
+    ("first token x 4, several lengths", "hs-mixed-p1", "hs-mixed-p1-first4"),
+    ("first token x 16, length 2048", "gptq-2048", "gptq-2048-first16"),
+    ("first token x 64, length 2048", "hs-gptq-2048", "hs-2048-first64"),
+    ("first token x 1/16, length 128", "gptq-128", "gptq-128-first0.0625"),
+    ("dampening 0.001", "hs-mixed-p1", "hs-mixed-p1-damp0.001"),
+    ("dampening 0.001", "hs-gptq-128", "hs-128-damp0.001"),
+    ("GPTAQ, alpha 1/4", "hs-128-damp0.001", "hs-gptaq0.25-128-damp0.001"),
+    ("GPTAQ, alpha 1", "hs-128-damp0.001", "hs-gptaq-128-damp0.001"),
+)
+
+KEY = ("model", "scheme", "method", "seed")
+
+
+def read_cells() -> list[dict]:
+    """All cells so far."""
+    if not CELLS.exists():
+        return []
+    return [json.loads(line) for line in CELLS.read_text().splitlines()]

@@ -1,0 +1,222 @@
+"""Write ACCURACY.md from the cells of the accuracy grid.
+
+.venv-serve/bin/python benchmarks/accuracy_page.py     # that environment has scipy, matplotlib
+"""
+
+import statistics
+import sys
+from collections import defaultdict
+
+import numpy as np
+from accuracy_arms import (
+    BASELINES,
+    DEFAULT,
+    EFFECTS,
+    HERE,
+    LENGTHS,
+    METHODS,
+    SCHEMES,
+    TARGETS,
+    TOKENS,
+    WINDOWS,
+    read_cells,
+)
+from matplotlib import pyplot
+from scipy import stats
+
+PAGE = HERE / "ACCURACY.md"
+PLOTS = HERE / "results"
+TEXT = HERE / "accuracy_page.md"
+RESAMPLES = 10_000
+
+Cells = dict[str, dict[int, dict]]
+"""By method and seed, of one model and scheme."""
+
+
+def kl(cell: dict, length: int) -> float:
+    """KL divergence to the base, nats per token."""
+    return cell["kl"][str(length)]["mean"]
+
+
+def mean_log_kl(cell: dict) -> float:
+    """Mean over lengths of the logarithm: a ratio counts the same wherever it is."""
+    return statistics.fmean(float(np.log(kl(cell, length))) for length in LENGTHS)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table; the first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def holm(values: list[float | None]) -> list[float | None]:
+    """p values corrected for how many were looked at (Holm, 1979)."""
+    order = sorted((i for i, p in enumerate(values) if p is not None), key=lambda i: values[i])
+    corrected: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def paired_p(pairs: list[tuple[float, float]]) -> float | None:
+    """p of a paired t test; None for fewer than two pairs."""
+    return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue) if len(pairs) > 1 else None
+
+
+def window_interval(one: list[dict], other: list[dict], length: int) -> tuple[float, float]:
+    """95 % bootstrap interval over windows of the ratio of two methods' KL, seeds averaged."""
+    means = [
+        np.mean([cell["kl"][str(length)]["windows"] for cell in cells], axis=0)
+        for cells in (one, other)
+    ]
+    picks = np.random.default_rng(0).integers(len(means[0]), size=(RESAMPLES, len(means[0])))
+    ratios = means[0][picks].mean(1) / means[1][picks].mean(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def method_table(cells: Cells) -> str:
+    """KL and perplexity by method and length, best first."""
+    order = sorted(cells, key=lambda m: statistics.fmean(map(mean_log_kl, cells[m].values())))
+    heads = [f"KL at {length}" for length in LENGTHS]
+    heads += [f"perplexity at {length}" for length in LENGTHS]
+    rows = [["method", "seeds", *heads, "minutes"]]
+    base = next(iter(next(iter(cells.values())).values()))["base_perplexity"]
+    rows.append(["base", "", *[""] * 3, *(f"{base[str(n)]['ppl']:.1f}" for n in LENGTHS), ""])
+    for method in order:
+        found = list(cells[method].values())
+        perplexities = [[cell["perplexity"][str(n)]["ppl"] for cell in found] for n in LENGTHS]
+        name = f"**{method}**" if method == DEFAULT else method
+        row = [name, str(len(found)), *(spread([kl(c, n) for c in found]) for n in LENGTHS)]
+        row += [spread(values, 1) for values in perplexities]
+        minutes = statistics.median(c["wall_seconds"]["calibrate"] for c in found) / 60
+        rows.append([*row, f"{minutes:.1f}"])
+    return markdown(rows)
+
+
+def comparison_rows(model: str, scheme: str, cells: Cells) -> list[dict]:
+    """The default against each baseline at each length."""
+    rows = []
+    for baseline in BASELINES:
+        seeds = sorted(cells.get(DEFAULT, {}).keys() & cells.get(baseline, {}).keys())
+        if not seeds:
+            continue
+        own, other = ([cells[m][s] for s in seeds] for m in (DEFAULT, baseline))
+        for length in LENGTHS:
+            pairs = [(kl(a, length), kl(b, length)) for a, b in zip(own, other, strict=True)]
+            rows.append(
+                {
+                    "of": (model, scheme, baseline, length),
+                    "seeds": len(seeds),
+                    "ratio": statistics.fmean(a for a, _ in pairs)
+                    / statistics.fmean(b for _, b in pairs),
+                    "interval": window_interval(own, other, length),
+                    "p": paired_p(pairs),
+                }
+            )
+    return rows
+
+
+def comparison_table(rows: list[dict]) -> str:
+    """The default against baselines, with p corrected over all of the table."""
+    lines = [["model", "scheme", "against", "at", "seeds", "KL ratio", "over windows", "p (Holm)"]]
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        low, high = row["interval"]
+        cells = [*map(str, row["of"]), str(row["seeds"]), f"{row['ratio']:.2f}"]
+        lines.append([*cells, f"{low:.2f} to {high:.2f}", "—" if p is None else f"{p:.1g}"])
+    return markdown(lines)
+
+
+def effect_table(groups: dict[tuple[str, str], Cells]) -> str:
+    """What each ingredient does alone: KL with it over KL without, all else alike."""
+    rows = [["what is changed", "from", "to", "KL ratio", "cells", "lowest to highest", "p"]]
+    for what, before, after in EFFECTS:
+        changes = [
+            mean_log_kl(cells[after][seed]) - mean_log_kl(cells[before][seed])
+            for cells in groups.values()
+            for seed in sorted(cells.get(after, {}).keys() & cells.get(before, {}).keys())
+        ]
+        if not changes:
+            continue
+        p = float(stats.ttest_1samp(changes, 0.0).pvalue) if len(changes) > 1 else None
+        low, high = np.exp(min(changes)), np.exp(max(changes))
+        row = [what, before, after, f"{np.exp(statistics.fmean(changes)):.2f}", str(len(changes))]
+        rows.append([*row, f"{low:.2f} to {high:.2f}", "—" if p is None else f"{p:.1g}"])
+    return markdown(rows)
+
+
+def plot(groups: dict[tuple[str, str], Cells]) -> str:
+    """KL by input length of the default and the baselines; the name of the picture."""
+    shown = [*BASELINES, DEFAULT]
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(3.2 * len(groups), 3.2), squeeze=False, layout="constrained"
+    )
+    for axis, ((model, scheme), cells) in zip(axes[0], groups.items(), strict=True):
+        for method in shown:
+            found = list(cells.get(method, {}).values())
+            if found:
+                values = np.array([[kl(cell, length) for length in LENGTHS] for cell in found])
+                error = values.std(0, ddof=1) if len(found) > 1 else None
+                axis.errorbar(LENGTHS, values.mean(0), error, marker="o", capsize=3, label=method)
+        axis.set(xscale="log", title=f"{model}\n{scheme}", xlabel="input length", ylim=(0, None))
+        axis.set_xticks(LENGTHS, map(str, LENGTHS))
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("KL to the base, nats per token")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(PLOTS / "accuracy.svg")
+    return "results/accuracy.svg"
+
+
+def method_list(used: set[str]) -> str:
+    """What each method is."""
+    rows = [["method", "fields", "calibration data"]]
+    for name, (fields, data) in METHODS.items():
+        if name in used:
+            shown = [", ".join(f"{k}: {v}" for k, v in part.items()) for part in (fields, data)]
+            rows.append([name, shown[0] or "defaults", shown[1]])
+    return markdown(rows)
+
+
+def main() -> None:
+    """Write the page."""
+    cells = read_cells()
+    if not cells:
+        sys.exit("no cells yet: run accuracy.py first")
+    groups: dict[tuple[str, str], Cells] = {}
+    for cell in sorted(cells, key=lambda c: (c["model"], list(SCHEMES).index(c["scheme"]))):
+        group = groups.setdefault((cell["model"], cell["scheme"]), defaultdict(dict))
+        group[cell["method"]][cell["seed"]] = cell
+    compared = [row for key, found in groups.items() for row in comparison_rows(*key, found)]
+    machine = cells[-1]["machine"]
+    parts = [
+        TEXT.read_text().format(
+            tokens=TOKENS,
+            windows=WINDOWS,
+            targets=TARGETS,
+            cells=len(cells),
+            default=DEFAULT,
+            plot=plot(groups),
+            machine=f"{machine['processor']}, {machine['cores']} cores",
+            comparison=comparison_table(compared) if compared else "No cells yet.",
+            effects=effect_table(groups),
+            methods=method_list({cell["method"] for cell in cells}),
+        ),
+        *(
+            f"## {model}, {scheme}\n\n{method_table(group)}"
+            for (model, scheme), group in groups.items()
+        ),
+    ]
+    PAGE.write_text("\n\n".join(part.strip() for part in parts) + "\n")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
