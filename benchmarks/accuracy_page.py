@@ -3,6 +3,7 @@
 .venv-serve/bin/python benchmarks/accuracy_page.py     # that environment has scipy, matplotlib
 """
 
+import json
 import statistics
 import sys
 from collections import defaultdict
@@ -153,6 +154,14 @@ def effect_table(groups: dict[tuple[str, str], Cells]) -> str:
     return markdown(rows)
 
 
+def scale_table() -> str:
+    """What scales are best chosen by, in single layers."""
+    found = json.loads((HERE / "results" / "scale_costs.json").read_text())["ratios"]
+    names = list(next(iter(found.values())))
+    rows = [[name, *(f"{ratios[name]:.2f}" for ratios in found.values())] for name in names]
+    return markdown([["scales chosen by", *found], *rows])
+
+
 def plot(groups: dict[tuple[str, str], Cells]) -> str:
     """KL by input length of the default and the baselines; the name of the picture."""
     shown = [*BASELINES, DEFAULT]
@@ -207,6 +216,7 @@ def main() -> None:
             machine=f"{machine['processor']}, {machine['cores']} cores",
             comparison=comparison_table(compared) if compared else "No cells yet.",
             effects=effect_table(groups),
+            scales=scale_table(),
             methods=method_list({cell["method"] for cell in cells}),
         ),
         *(
