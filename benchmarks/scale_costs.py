@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/scale_costs.py     # writes benchmarks/results/scale_costs.json
 
-All scales go into the same sweep of GPTQ. Hessians are those of the embedded model on its own calibration sample. The measure is
-``(w - q) H (w - q)^T / (w H w^T)`` over a module's rows, with H not dampened, against that of
-min-max scales: geometric means over modules.
+All scales go into the same sweep of GPTQ. Hessians are those of the embedded model on its own
+calibration sample. The measure is ``(w - q) H (w - q)^T / (w H w^T)`` over a module's rows, with H
+not dampened, against that of min-max scales: geometric means over modules.
 """
 
 import json

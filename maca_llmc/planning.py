@@ -23,9 +23,11 @@ from maca_llmc.probe import (
     factorize_flops,
     hessian_flops,
     probe,
+    search_flops,
     sweep_flops,
 )
 from maca_llmc.progress import quiet
+from maca_llmc.scales import are_searched
 from maca_llmc.schemes import describe_scheme, linear_widths
 from maca_llmc.signatures import same_parameters_as
 from maca_llmc.stacks import ROWS_PER_STACK
@@ -144,8 +146,20 @@ def count_flops(run: Run, solves: list[Solve]) -> dict[str, float]:
         "forward": once * passes,
         "hessian": sum(hessian_flops(tokens, solve.width) for solve in solves),
         "factorize": sum(factorize_flops(solve.width) for solve in solves),
+        "scales": search_flops(searched_weights(run)),
         "sweep": sum(sweep_flops(solve.rows, solve.width) for solve in solves),
     }
+
+
+def searched_weights(run: Run) -> int:
+    """How many weights a scale is searched for."""
+    if not getattr(run.modifier, "hessian_scales", False):
+        return 0
+    return sum(
+        run.shapes.get_submodule(name).weight.numel()
+        for name, scheme in schemes_of(run).items()
+        if are_searched(scheme.weights)
+    )
 
 
 def estimate_seconds(flops: dict[str, float], speeds: Speeds) -> dict[str, float]:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 
 from maca_llmc import models
 from maca_llmc.compiled_sweep import sweep_block
 from maca_llmc.distinct_inputs import forward_flops
 from maca_llmc.hessian import add_rows
 from maca_llmc.llmcompressor_api import all_experts_on_meta
+from maca_llmc.scales import CANDIDATES, column_costs, search_scales
 from maca_llmc.solve import factorize, sweep
 
 TOKENS = 512
@@ -20,19 +22,22 @@ WIDEST = 1024
 ROWS = 1024
 BLOCK = 128
 REPEATS = 3
+SEARCHED = QuantizationArgs(num_bits=4, strategy="group", group_size=16, symmetric=True)
 
 
 @dataclass(frozen=True)
 class Speeds:
     """FLOP/s of each part: of a forward pass, of Hessians (a triangle counted once), of a solve.
 
-    A solve is ``4/3 d^3`` for the factorisation and ``rows * d^2`` for the sweep.
+    A solve is ``4/3 d^3`` for the factorisation and ``rows * d^2`` for the sweep; the search for
+    scales looks at each weight once per scale that is tried.
     """
 
     forward: float
     hessian: float
     factorize: float
     sweep: float
+    scales: float
 
 
 def factorize_flops(width: int) -> float:
@@ -48,6 +53,11 @@ def sweep_flops(rows: int, width: int) -> float:
 def hessian_flops(tokens: int, width: int) -> float:
     """A triangle, counted once."""
     return float(tokens * width * (width + 1))
+
+
+def search_flops(weights: int) -> float:
+    """Multiply, shift, round, clamp, subtract, weigh and sum, for each scale that is tried."""
+    return float(weights * CANDIDATES * 8)
 
 
 def probe(config: Any, width: int, device: torch.device) -> Speeds:
@@ -67,11 +77,16 @@ def probe(config: Any, width: int, device: torch.device) -> Speeds:
     factorizing = _seconds(lambda: factorize(whole, 0.01, True), device)
     weights = torch.randn(1, ROWS, tried, device=device)
     sweeping = _seconds(lambda: sweep(weights.clone(), [factor], _round_block, BLOCK), device)
+    costs = column_costs(factor.upper, factor.order)
+    columns = tried - tried % SEARCHED.group_size
+    part = weights[0, :, :columns].to(dtype)
+    searching = _seconds(lambda: search_scales(part, costs[:columns], SEARCHED), device)
     return Speeds(
         forward=_forward_speed(config, device),
         hessian=hessian_flops(len(rows), tried) / adding,
         factorize=factorize_flops(tried) / factorizing,
         sweep=sweep_flops(ROWS, tried) / sweeping,
+        scales=search_flops(part.numel()) / searching,
     )
 
 

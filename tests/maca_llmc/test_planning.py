@@ -127,10 +127,19 @@ def test_the_memory_of_the_embedded_model_is_near_what_a_run_took():
 def test_speeds_are_those_of_what_is_tried(tiny_models):
     run = prepare("nowhere", model=str(tiny_models("llama")), **DATA)
     speeds = probe.probe(run.config, 96, torch.device("cpu"))
-    for part in ("forward", "hessian", "factorize", "sweep"):
+    for part in ("forward", "hessian", "factorize", "scales", "sweep"):
         assert 1e6 < getattr(speeds, part) < 1e15
     seconds = planning.estimate_seconds({"forward": 3 * speeds.forward, "sweep": 0.0}, speeds)
     assert seconds == {"forward": pytest.approx(3), "sweep": 0.0, "total": pytest.approx(3)}
+
+
+def test_scales_are_searched_for_where_they_will_be(tiny_models, recipe, monkeypatch):
+    source = tiny_models("llama")
+    asked = planned(source, recipe(GROUP % (4, "true")))["flops"]["scales"]
+    weights = sum(entry["parameters"] for entry in planned(source, None)["modules"])
+    assert asked == probe.search_flops(weights) > 0
+    for fields in ("hessian_scales: false, " + GROUP % (4, "true"), "scheme: FP8"):
+        assert planned(source, recipe(fields))["flops"]["scales"] == 0
 
 
 def test_a_plan_that_cannot_work_is_refused(tiny_models, recipe):
