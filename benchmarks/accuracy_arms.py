@@ -17,9 +17,9 @@ SCHEMES = {
     "w3-g64": {"num_bits": 3, "strategy": "group", "group_size": 64, "symmetric": True},
     "w4-g64": {"num_bits": 4, "strategy": "group", "group_size": 64, "symmetric": True},
 }
-OBSERVED = {"hessian_scales": False}
+OBSERVED = {"hessian_scales": False, "first_token_weight": 1.0}
 GPTQ = {"length_exponent": 0.0, **OBSERVED}
-SEARCHED = {"hessian_scales": True}
+SEARCHED = {"hessian_scales": True, "first_token_weight": 1.0}
 SINK = "first_token_weight"
 METHODS = {
     # name: the modifier's fields, and the calibration data

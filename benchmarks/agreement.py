@@ -43,6 +43,9 @@ SCHEME = {
 WINDOWS, WINDOW = 8, 512
 
 
+AS_STOCK = {"length_exponent": 0.0, "first_token_weight": 1.0, "hessian_scales": False}
+
+
 class Compared(MaCaModifier):
     """MaCa that solves each module by stock's solver too, and counts where codes differ."""
 
@@ -150,7 +153,7 @@ def main() -> None:
         batch_size=None,
     )
     base, ours, same_pipeline, stock = load(), load(), load(), load()
-    modifier = Compared(**SCHEME, length_exponent=0.0, hessian_scales=False)
+    modifier = Compared(**SCHEME, **AS_STOCK)
     oneshot(model=ours, dataset=data, recipe=modifier, processor=tokenizer, pipeline=pipeline.NAME)
     oneshot(
         model=same_pipeline,

@@ -202,7 +202,9 @@ def run_ours(model, data, case, folder):
     timed(MaCaModifier, "compress_modules", "compress")
     timed(Keeper, "keep", "save")
     warm_up_compiled_sweep()
-    recipe = MaCaModifier(**case["scheme"], hessian_scales=False, **case.get("fields", {}))
+    recipe = MaCaModifier(
+        **case["scheme"], first_token_weight=1.0, hessian_scales=False, **case.get("fields", {})
+    )
     hidden = hidden_states.HiddenStates(case.get("cache_bytes"), folder / "spill")
 
     def run():

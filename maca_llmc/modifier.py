@@ -49,8 +49,9 @@ class MaCaModifier(GPTQModifier):
         as each of its own prefixes of these lengths, in the same forward pass. It needs a causal
         model whose positions do not depend on the length, and refuses any other.
     :param first_token_weight: how many times the weight of its sequence's tokens the first one
-        gets, above 0. It is an attention sink in most models, and short sequences have more of
-        them: set it to find out what its share does. 1 (the default) leaves it alone.
+        gets, above 0. It is an attention sink in most models: what goes wrong with it goes wrong
+        everywhere. 4 (the default) is what helped or did no harm wherever it was tried (see
+        ``benchmarks/ACCURACY.md``); 1 leaves it alone.
     :param hessian_scales: choose the scale of each group by what rounding costs under the Hessian
         (see ``scales.py``) instead of by the range of its weights: of integers by group or channel,
         where the recipe names no observer of its own. False leaves scales to observers.
@@ -97,7 +98,7 @@ class MaCaModifier(GPTQModifier):
 
     length_exponent: float = Field(default=1.0, ge=0.0, le=1.0)
     nested_scales: list[int] | None = None
-    first_token_weight: float = Field(default=1.0, gt=0.0)
+    first_token_weight: float = Field(default=4.0, gt=0.0)
     hessian_scales: bool = True
     gptaq_alpha: float = Field(default=0.0, ge=0.0, le=1.0)
 

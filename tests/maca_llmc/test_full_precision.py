@@ -80,7 +80,9 @@ def test_moments_are_those_of_both_models(family, exponent, tmp_path, monkeypatc
         original(self, firsts)
 
     monkeypatch.setattr(MaCaModifier, "compress_module_list", watched)
-    modifier = MaCaModifier(gptaq_alpha=1.0, length_exponent=exponent, **SCHEME)
+    modifier = MaCaModifier(
+        gptaq_alpha=1.0, length_exponent=exponent, first_token_weight=3.0, **SCHEME
+    )
     oneshot(
         model=model,
         dataset=loader(sequences),
@@ -88,13 +90,17 @@ def test_moments_are_those_of_both_models(family, exponent, tmp_path, monkeypatc
         pipeline="maca",
     )
     quantized = inputs_of(model, sequences)
-    weights = [(len(s) / len(sequences[0])) ** -exponent for s in sequences]
+    weights = []
+    for sequence in sequences:
+        weight = torch.full((len(sequence), 1), (len(sequence) / len(sequences[0])) ** -exponent)
+        weight[0] *= 3.0
+        weights.append(weight)
     assert len(seen) == len([n for n, _ in linears(model) if n != "lm_head"])
     for name, (hessian, cross) in seen.items():
         expected, difference = 0, 0
         for q, fp, weight in zip(quantized[name], full[name], weights, strict=True):
-            expected = expected + 2 * weight * q.T @ q
-            difference = difference + 2 * weight * (fp - q).T @ q
+            expected = expected + 2 * (weight * q).T @ q
+            difference = difference + 2 * (weight * (fp - q)).T @ q
         assert torch.linalg.norm(hessian - expected) < 1e-3 * torch.linalg.norm(expected), name
         error = torch.linalg.norm(cross - difference)
         assert error < 1e-3 * torch.linalg.norm(expected), name

@@ -151,7 +151,7 @@ def weights_of(model):
     }
 
 
-AS_STOCK = {"length_exponent": 0.0, "hessian_scales": False}
+AS_STOCK = {"length_exponent": 0.0, "first_token_weight": 1.0, "hessian_scales": False}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

@@ -127,7 +127,7 @@ def test_every_field_of_the_record_is_filled(checkpoint, licensed_model):
         "dampening_frac": 0.01,
         "length_exponent": 1.0,
         "nested_scales": None,
-        "first_token_weight": 1.0,
+        "first_token_weight": 4.0,
         "hessian_scales": True,
         "gptaq_alpha": 0.0,
     }
