@@ -95,6 +95,7 @@ def evaluate(
         log-likelihood) for paired comparisons
     :raises UserError: for inputs that make no sense, or a folder that is not quantized
     """
+    models.load_config(models.resolve_model(base))  # all names are checked before any model is run
     for folder in checkpoints:
         check_quantized(Path(folder))
     reference = Reference(

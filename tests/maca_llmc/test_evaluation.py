@@ -223,4 +223,4 @@ def test_experts_are_evaluated_as_they_are(tmp_path):
     recipe.write_text("a_stage: {b_modifiers: {MaCaModifier: {scheme: W8A8, ignore: [lm_head]}}}")
     output = quantize(base, tmp_path / "out", recipe)
     found = evaluate(str(base), [output], text=TEXT, lengths=[64], windows=2)["checkpoints"]
-    assert 0 < found[1]["kl"]["64"]["mean"] < 0.01
+    assert 0 < found[1]["kl"]["64"]["mean"] < 0.05

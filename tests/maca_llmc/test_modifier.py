@@ -236,7 +236,7 @@ def test_routed_tokens_get_the_mean_weight_of_their_batch(tiny_model):
     sequences = random_sequences([24, 6])
     found = {}
     model = tiny_model("qwen3_moe")
-    modifier = WatchedMaCa(**SCHEME)
+    modifier = WatchedMaCa(**SCHEME, first_token_weight=1.0)
     modifier.watch(model, lambda model, hessians, counts: found.update(hessians))
     rows = {}
     original = MaCaModifier.calibrate_module

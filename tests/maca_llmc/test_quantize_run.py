@@ -108,7 +108,10 @@ def test_the_files_are_readable_as_any_new_file(checkpoint, tmp_path):
 def test_the_card_names_the_base_model_and_its_licence(checkpoint, licensed_model):
     card = (checkpoint / "README.md").read_text()
     assert "\nlicense: llama3.2\n" in card and f"base_model: {licensed_model}\n" in card
-    assert "**W4A16 int, group 32, symmetric** by MaCa (p = 1)" in card
+    assert (
+        "**W4A16 int, group 32, symmetric** by MaCa (p = 1, first token x 4, scales by Hessian)"
+        in card
+    )
     assert "vllm serve checkpoint" in card and "(llama3.2)" in card
 
 
