@@ -10,6 +10,7 @@ Each command of `maca-serve` is a function here, with the same defaults:
     maca_serve.throughput(["base", "runs/demo/maca"])      # maca-serve throughput
     maca_serve.compare("base", ["runs/demo/maca"])         # maca-serve compare
     maca_serve.diagnose("runs/demo/maca", gpu="90")        # maca-serve doctor
+    maca_serve.repack("w3", "w3-in-4")                     # maca-serve repack
 """
 
 from importlib import import_module
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from maca_serve.comparison import compare
     from maca_serve.doctor import diagnose
     from maca_serve.measure import accuracy, throughput
+    from maca_serve.repacking import repack
     from maca_serve.serving import up
 
 __version__ = "0.1.0"
@@ -31,6 +33,7 @@ __all__ = [
     "accuracy",
     "compare",
     "diagnose",
+    "repack",
     "throughput",
     "up",
 ]
@@ -40,6 +43,7 @@ _HOMES = {
     "accuracy": "maca_serve.measure",
     "compare": "maca_serve.comparison",
     "diagnose": "maca_serve.doctor",
+    "repack": "maca_serve.repacking",
     "throughput": "maca_serve.measure",
     "up": "maca_serve.serving",
 }
