@@ -11,6 +11,7 @@ Each command of `maca-serve` is a function here, with the same defaults:
     maca_serve.compare("base", ["runs/demo/maca"])         # maca-serve compare
     maca_serve.diagnose("runs/demo/maca", gpu="90")        # maca-serve doctor
     maca_serve.repack("w3", "w3-in-4")                     # maca-serve repack
+    maca_serve.verify("runs/demo/maca")                    # maca-serve verify
 """
 
 from importlib import import_module
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from maca_serve.measure import accuracy, throughput
     from maca_serve.repacking import repack
     from maca_serve.serving import up
+    from maca_serve.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "repack",
     "throughput",
     "up",
+    "verify",
 ]
 
 # Imported on first use: `maca-serve --help` must not wait for matplotlib and transformers.
@@ -46,6 +49,7 @@ _HOMES = {
     "repack": "maca_serve.repacking",
     "throughput": "maca_serve.measure",
     "up": "maca_serve.serving",
+    "verify": "maca_serve.verification",
 }
 
 

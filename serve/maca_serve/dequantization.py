@@ -5,6 +5,8 @@ import torch
 from maca_serve.doctor.layouts import Scheme
 from maca_serve.packing import unpack, unpack_columns
 
+PACKED = "pack-quantized"
+
 
 def dequantize(
     tensors: dict[str, torch.Tensor], scheme: Scheme, size: tuple[int, int]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
+from maca_serve.dequantization import PACKED
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.errors import UserError
 from maca_serve.packing import unpack, unpack_columns
 from maca_serve.scheme import describe_scheme
 
 CONTAINER_BITS = 4
-FORMAT = "pack-quantized"
 _AS_IT_IS = "serve it as it is"
 
 
@@ -47,10 +47,10 @@ def check_widening(config: dict[str, Any], where: str) -> None:
         )
     for group in narrow:
         stored = group.get("format") or quantization.get("format")
-        if stored != FORMAT:
+        if stored != PACKED:
             raise UserError(
-                f"{where}: its codes are stored as {stored}, not as {FORMAT}: quantize again with"
-                f" `format: {FORMAT}` in the config group"
+                f"{where}: its codes are stored as {stored}, not as {PACKED}: quantize again with"
+                f" `format: {PACKED}` in the config group"
             )
         if group.get("input_activations"):
             raise UserError(
