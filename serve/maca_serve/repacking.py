@@ -110,6 +110,7 @@ def _write_shard(shard: Path, widener: Widener, target: Path) -> int:
     with safe_open(shard, framework="pt") as source:
         tensors = {name: widener(name, source.get_tensor(name)) for name in source.keys()}  # noqa: SIM118
         save_file(tensors, target, metadata=source.metadata())
+    shutil.copymode(shard, target)  # safetensors writes for the owner's eyes only
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

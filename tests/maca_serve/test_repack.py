@@ -88,12 +88,14 @@ def test_other_files_are_copied_and_the_record_says_what_it_is_now(tmp_path):
     source, target = tmp_path / "w3", tmp_path / "deep" / "o"
     write_packed(source, 3)
     (source / "recipe.yaml").write_text("bits: 3")
+    (source / "model.safetensors").chmod(0o644)
     (source / "extra").mkdir()
     (source / "extra" / "notes").write_text("x")
     record = {"scheme": "W3A16 int, group 8, symmetric", "container_bits": None, "seed": 7}
     (source / "maca_run.json").write_text(json.dumps(record))
     repack(source, target)
     assert (target / "recipe.yaml").read_text() == "bits: 3"
+    assert (target / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert (target / "extra" / "notes").read_text() == "x"
     assert json.loads((target / "maca_run.json").read_text()) == {
         "scheme": "W3A16 int, group 8, symmetric, in 4-bit containers",

@@ -38,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
             {
                 "index": i,
                 "prompt_logprobs": entries(ids, top, shift),
-                "token_ids": [0] * body["max_tokens"],
+                "token_ids": [0] * body.get("max_tokens", 0),
             }
             for i, ids in enumerate(body["prompt"])
         ]
