@@ -10,6 +10,8 @@ Each command of `maca-serve` is a function here, with the same defaults:
     maca_serve.throughput(["base", "runs/demo/maca"])      # maca-serve throughput
     maca_serve.compare("base", ["runs/demo/maca"])         # maca-serve compare
     maca_serve.diagnose("runs/demo/maca", gpu="90")        # maca-serve doctor
+    maca_serve.repack("w3", "w3-in-4")                     # maca-serve repack
+    maca_serve.verify("runs/demo/maca")                    # maca-serve verify
 """
 
 from importlib import import_module
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from maca_serve.comparison import compare
     from maca_serve.doctor import diagnose
     from maca_serve.measure import accuracy, throughput
+    from maca_serve.repacking import repack
     from maca_serve.serving import up
+    from maca_serve.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,8 +35,10 @@ __all__ = [
     "accuracy",
     "compare",
     "diagnose",
+    "repack",
     "throughput",
     "up",
+    "verify",
 ]
 
 # Imported on first use: `maca-serve --help` must not wait for matplotlib and transformers.
@@ -40,8 +46,10 @@ _HOMES = {
     "accuracy": "maca_serve.measure",
     "compare": "maca_serve.comparison",
     "diagnose": "maca_serve.doctor",
+    "repack": "maca_serve.repacking",
     "throughput": "maca_serve.measure",
     "up": "maca_serve.serving",
+    "verify": "maca_serve.verification",
 }
 
 

@@ -62,7 +62,8 @@ class Checkpoint:
         stored = describe_scheme(self.config)
         bits, scheme = self.run_record.get("container_bits"), self.run_record.get("scheme")
         if bits and scheme:
-            return f"{scheme} in {bits}-bit containers"
+            # The quantize side's records say so themselves.
+            return scheme if "container" in scheme else f"{scheme} in {bits}-bit containers"
         return stored
 
 

@@ -216,6 +216,44 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def repack(
+    folder: Folder,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to make.")],
+    container: Annotated[int, typer.Option(help="Bits of a container: 4.")] = 4,
+) -> None:
+    """Put 2- or 3-bit weights into 4-bit containers, same values, for kernels that want 4 bits."""
+    from maca_serve.repacking import repack
+
+    made = repack(folder, output, container=container)
+    _say(
+        f"wrote {made['output']} ({made['size_bytes'] / 1e6:.1f} MB):"
+        f" {made['modules']} modules in {container}-bit containers"
+    )
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    base: Annotated[
+        Path | None, typer.Option(help="The unquantized model's folder, to be told apart from.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
+) -> None:
+    """Serve a checkpoint and prove the answers against transformers; 1: a check failed."""
+    from maca_serve.verification import verify, view
+
+    result = verify(folder, base=base)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        _say(f"{result['name']}: {result['scheme']}")
+        out.print(view.check_table(result))
+        _say(view.verdict(result))
+    if not result["passed"]:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command line: 0 on success, 2 on a user's error, 130 on Ctrl-C."""
     for number in (signal.SIGTERM, signal.SIGHUP):

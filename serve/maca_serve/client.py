@@ -1,11 +1,12 @@
 """Token ids in, log-probabilities out: vLLM's `/v1/completions`."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from maca_serve.errors import RequestError
+from maca_serve.errors import BrokenAnswerError, RequestError
 
 # Tokens per request: enough to keep the engine busy, few enough that progress moves and that the
 # answers (80 bytes of JSON a token) stay small.
@@ -14,6 +15,21 @@ TOKENS_PER_REQUEST = 4096
 TIMEOUT_SECONDS = 900.0
 
 Prompt = list[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine says about one prompt of n tokens.
+
+    Attributes:
+        own: as `Client.prompt_logprobs`, n - 1 natural logarithms.
+        top: the most likely tokens at each of these places with theirs, the likeliest first.
+        new_tokens: what it would continue with, greedily.
+    """
+
+    own: list[float]
+    top: list[dict[int, float]]
+    new_tokens: list[int]
 
 
 class Client:
@@ -48,12 +64,39 @@ class Client:
             "temperature": 0,
             "prompt_logprobs": 0,
         }
-        choices = sorted(self._post(body)["choices"], key=lambda choice: choice["index"])
-        if len(choices) != len(prompts):
-            raise RequestError(f"vLLM answered {len(choices)} of {len(prompts)} prompts")
         return [
             _read_logprobs(ids, choice["prompt_logprobs"])
-            for ids, choice in zip(prompts, choices, strict=True)
+            for ids, choice in zip(prompts, self._choices(body), strict=True)
+        ]
+
+    def complete(self, prompts: list[Prompt], new_tokens: int, top: int) -> list[Answer]:
+        """Greedy continuations, end-of-text ignored, and what was likely within the prompts.
+
+        Args:
+            prompts: token ids, all sent in one request.
+            new_tokens: tokens of a continuation.
+            top: how many of the most likely tokens at each place; vLLM gives at most 20.
+
+        Raises:
+            RequestError: as `prompt_logprobs`; BrokenAnswerError for a log-probability that is
+                none.
+        """
+        body = {
+            "model": self.model,
+            "prompt": prompts,
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "prompt_logprobs": top,
+        }
+        return [
+            Answer(
+                _read_logprobs(ids, choice["prompt_logprobs"]),
+                [_read_top(entry, top) for entry in choice["prompt_logprobs"][1:]],
+                choice["token_ids"],
+            )
+            for ids, choice in zip(prompts, self._choices(body), strict=True)
         ]
 
     def score(self, prompts: list[Prompt], advance: Callable[[int], None]) -> list[list[float]]:
@@ -68,6 +111,13 @@ class Client:
             scored += self.prompt_logprobs(batch)
             advance(sum(map(len, batch)))
         return scored
+
+    def _choices(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """One for each prompt of the request, in its order."""
+        choices = sorted(self._post(body)["choices"], key=lambda choice: choice["index"])
+        if len(choices) != len(body["prompt"]):
+            raise RequestError(f"vLLM answered {len(choices)} of {len(body['prompt'])} prompts")
+        return choices
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -109,10 +159,17 @@ def _read_logprobs(ids: Prompt, entries: list[dict[str, Any] | None]) -> list[fl
     return found
 
 
+def _read_top(entry: dict[str, Any], top: int) -> dict[int, float]:
+    """The likeliest tokens of a place; the prompt's own may be there besides."""
+    found = {int(token): _finite(value["logprob"], int(token)) for token, value in entry.items()}
+    ranked = sorted(found, key=lambda token: -found[token])[:top]
+    return {token: found[token] for token in ranked}
+
+
 def _finite(logprob: float | None, token: int) -> float:
     # vLLM writes -9999 for minus infinity, which JSON cannot hold.
     if logprob is None or not -9999.0 < logprob <= 0.0:
-        raise RequestError(
+        raise BrokenAnswerError(
             f"vLLM gave token {token} the log-probability {logprob}: the weights, or the kernel"
             " that runs them, are broken",
             answered=True,

@@ -8,6 +8,7 @@ _KERNEL = re.compile(
     r"(?:Using|Selected) (?P<kernel>\w+) for "
     r"(?:\w*(?:CompressedTensors|LinearMethod)\w*|mixed-precision linear|MXFP\d GEMM|NVFP4 GEMM)"
 )
+_WEIGHTS = re.compile(r"Model loading took (?P<gib>[\d.]+) GiB")
 _PREFIX = re.compile(r"^\([\w\- ]+pid=\d+\) (?:(?:ERROR|INFO|WARNING) [\d\- :]+\[[^]]+\] ?)?")
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<type>\w+(?:Error|Exception)): (?P<message>.+)")
 # A child that was killed, for instance by the kernel for want of memory, has no exception.
@@ -23,6 +24,15 @@ def find_kernels(lines: list[str]) -> list[str]:
     """Linear kernels that vLLM named in its log, each once, in order of appearance."""
     found = (_KERNEL.search(line) for line in lines)
     return list(dict.fromkeys(match["kernel"] for match in found if match))
+
+
+def find_weights_memory(lines: list[str]) -> int | None:
+    """Bytes that the weights take on the device, None where the log does not say.
+
+    Its GiB have two decimals. vLLM's CPU engine says nothing.
+    """
+    found = (_WEIGHTS.search(line) for line in lines)
+    return next((round(float(match["gib"]) * 1024**3) for match in found if match), None)
 
 
 def find_cause(lines: list[str]) -> str | None:

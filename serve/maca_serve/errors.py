@@ -17,6 +17,10 @@ class RequestError(UserError):
         self.answered = answered
 
 
+class BrokenAnswerError(RequestError):
+    """The engine answered, and a log-probability of its answer is no number."""
+
+
 class EngineError(UserError):
     """vLLM failed to start, or died.
 

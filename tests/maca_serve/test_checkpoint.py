@@ -52,10 +52,17 @@ def test_what_a_folder_says(quantized):
     require_quantized(checkpoint)
 
 
-def test_container_is_not_taken_for_the_scheme(quantized):
-    record = {"scheme": "W3A16 int, group 64, symmetric", "container_bits": 4}
+@pytest.mark.parametrize(
+    ("scheme", "says"),
+    [
+        ("W3A16 int, group 64, symmetric", "W3A16 int, group 64, symmetric in 4-bit containers"),
+        ("W3A16 int, in 4-bit containers", "W3A16 int, in 4-bit containers"),
+    ],
+)
+def test_container_is_not_taken_for_the_scheme(quantized, scheme, says):
+    record = {"scheme": scheme, "container_bits": 4}
     (quantized / "maca_run.json").write_text(json.dumps(record))
-    assert open_checkpoint(quantized).scheme == "W3A16 int, group 64, symmetric in 4-bit containers"
+    assert open_checkpoint(quantized).scheme == says
 
 
 def test_record_without_container_leaves_the_config_its_say(quantized):

@@ -8,7 +8,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from vllm.model import logprob
+from vllm.model import logprob, other_tokens
 
 FAULT = os.environ.get("FAKE_VLLM", "")
 LOG = """\
@@ -32,8 +32,15 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(1)
         if FAULT == "refuses":
             return self.answer(400, {"error": {"message": "prompt too long"}})
+        top = body.get("prompt_logprobs", 0)
+        shift = 0.5 if FAULT == "depends on the batch" and len(body["prompt"]) == 1 else 0.0
         choices = [
-            {"index": i, "prompt_logprobs": entries(ids)} for i, ids in enumerate(body["prompt"])
+            {
+                "index": i,
+                "prompt_logprobs": entries(ids, top, shift),
+                "token_ids": [0] * body.get("max_tokens", 0),
+            }
+            for i, ids in enumerate(body["prompt"])
         ]
         # Out of order, as the protocol allows.
         return self.answer(200, {"choices": choices[::-1]})
@@ -49,8 +56,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def entries(ids):
-    found = [{str(ids[i]): {"logprob": logprob(ids, i)}} for i in range(1, len(ids))]
+def entries(ids, top, shift):
+    others = {str(token): {"logprob": value} for token, value in other_tokens(top).items()}
+    found = [
+        {**others, str(ids[i]): {"logprob": logprob(ids, i) - shift}} for i in range(1, len(ids))
+    ]
     if FAULT == "nan":
         found[-1][str(ids[-1])]["logprob"] = -9999.0
     return [None, *found]

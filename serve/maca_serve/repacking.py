@@ -1,0 +1,118 @@
+"""Make a checkpoint in 4-bit containers of one with 2- or 3-bit weights: files and folders."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from maca_serve.checkpoint import Checkpoint, open_checkpoint
+from maca_serve.doctor.checks import check
+from maca_serve.doctor.headers import INDEX, Tensor, read_headers
+from maca_serve.errors import UserError
+from maca_serve.widening import (
+    CONTAINER_BITS,
+    Widener,
+    check_widening,
+    widen_config,
+    widen_record,
+)
+
+CONFIG, RECORD = "config.json", "maca_run.json"
+
+
+def repack(
+    folder: str | Path, output: str | Path, *, container: int = CONTAINER_BITS
+) -> dict[str, Any]:
+    """Write a 2- or 3-bit weight-only checkpoint again in 4-bit containers, the same values.
+
+    Any 4-bit kernel can then serve it, for accuracy checks: nothing is saved beyond 4 bits. Config
+    groups of 4 bits and more stay as they are, every other file is copied.
+
+    Args:
+        folder: a compressed-tensors checkpoint, stored as pack-quantized.
+        output: the folder to make; it appears when it is whole.
+        container: bits of a container; 4.
+
+    Returns:
+        {"output": the folder, "modules": how many were widened, "size_bytes": of its weights}.
+
+    Raises:
+        UserError: another container, an output that exists, a checkpoint that has nothing to widen
+            or is not whole, or a disk that is full.
+    """
+    if container != CONTAINER_BITS:
+        raise UserError(f"--container: {container} is not supported; give {CONTAINER_BITS}")
+    checkpoint, output = open_checkpoint(Path(folder)), Path(output)
+    _check_output(checkpoint.path, output)
+    check_widening(checkpoint.config, str(checkpoint.path))
+    headers = read_headers(checkpoint.path)
+    widener = _widener(checkpoint, headers)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir(parents=True)
+        _write(checkpoint, headers, widener, partial)
+        partial.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{output}: cannot be written: {error}; is the disk full?") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = open_checkpoint(output).size_bytes
+    return {"output": str(output), "modules": widener.count, "size_bytes": size}
+
+
+def _check_output(folder: Path, output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output}: exists already: remove it or give another OUTPUT")
+    if folder.resolve() in output.resolve().parents:
+        raise UserError(f"{output}: lies inside {folder}: give an OUTPUT beside it")
+
+
+def _widener(checkpoint: Checkpoint, headers: dict[str, Tensor]) -> Widener:
+    """Refuses tensors that are not as the config says: they would be read as other values."""
+    quantization = checkpoint.config["quantization_config"]
+    contents = check(headers, quantization)
+    errors = [problem for problem in contents.problems if problem.severity == "error"]
+    if errors:
+        first = errors[0]
+        raise UserError(f"{checkpoint.path}: {first.modules[0]}: {first.what}: {first.cure}")
+    return Widener(quantization, contents.sizes)
+
+
+def _write(
+    checkpoint: Checkpoint, headers: dict[str, Tensor], widener: Widener, partial: Path
+) -> None:
+    shards = sorted({tensor.file for tensor in headers.values()})
+    ours = {CONFIG, RECORD, INDEX, *(shard.name for shard in shards)}
+    for path in sorted(checkpoint.path.iterdir()):
+        if path.name not in ours:
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, partial / path.name)
+    total = 0
+    for shard in tqdm(shards, desc=f"repacking {checkpoint.name}", unit="shard"):
+        total += _write_shard(shard, widener, partial / shard.name)
+    _write_json(partial / CONFIG, widen_config(checkpoint.config))
+    if checkpoint.run_record:
+        _write_json(partial / RECORD, widen_record(checkpoint.run_record))
+    index = checkpoint.path / INDEX
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["metadata"] = {**content.get("metadata", {}), "total_size": total}
+        _write_json(partial / INDEX, content)
+
+
+def _write_shard(shard: Path, widener: Widener, target: Path) -> int:
+    """Write one file with the same tensor names; its tensors' bytes."""
+    with safe_open(shard, framework="pt") as source:
+        tensors = {name: widener(name, source.get_tensor(name)) for name in source.keys()}  # noqa: SIM118
+        save_file(tensors, target, metadata=source.metadata())
+    shutil.copymode(shard, target)  # safetensors writes for the owner's eyes only
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,166 @@
+"""A verification: the engine is asked, stopped, and its answers held to the checkpoint's own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maca_serve.checkpoint import Checkpoint, open_checkpoint
+from maca_serve.console import progress
+from maca_serve.doctor import diagnose
+from maca_serve.doctor.headers import read_headers
+from maca_serve.engine import Engine
+from maca_serve.errors import BrokenAnswerError, UserError
+from maca_serve.fit import fit
+from maca_serve.machine import describe_machine, require_vllm, versions
+from maca_serve.verification import agreement
+from maca_serve.verification.checks import (
+    FAIL,
+    Check,
+    check_kernel,
+    check_memory,
+    held,
+    not_checked,
+)
+from maca_serve.verification.probing import Answers, probe
+from maca_serve.verification.prompts import NEW_TOKENS, Prompt, make_prompts
+from maca_serve.verification.reference import NoReference, load_reference
+
+
+def verify(folder: str | Path, *, base: str | Path | None = None) -> dict[str, Any]:
+    """Start the engine on a checkpoint and prove that it computes what the checkpoint says.
+
+    The engine runs first and is stopped; then transformers computes the same on the CPU, from
+    weights dequantized here, in bfloat16 and in float32.
+
+    Args:
+        folder: the checkpoint.
+        base: the unquantized model's folder; the engine must then be nearer to the checkpoint.
+
+    Returns:
+        {"name", "path", "scheme", "kernel", "passed": no check failed, "prompts": tokens of each,
+        "checks": [{"name", "status": `pass`, `fail` or `not checked`, "found", "limit",
+        "numbers"}], "versions", "machine"}.
+
+    Raises:
+        UserError: no checkpoint, unreadable files, or a base of another vocabulary.
+        EngineError: vLLM did not start, or died.
+    """
+    version = require_vllm()
+    checkpoint = open_checkpoint(Path(folder))
+    unquantized = _open_base(checkpoint, base)
+    prompts = make_prompts(checkpoint)
+    layers = diagnose(folder)["layers"] if checkpoint.quantized else None
+    run = _run_engine(checkpoint, version, prompts)
+    checks = [check_kernel(run.log, layers), check_memory(run.log, _file_bytes(checkpoint))]
+    if run.answers is None:
+        checks += [Check("finite", FAIL, run.broken), not_checked("agreement", run.broken)]
+    else:
+        checks += _check_answers(checkpoint, unquantized, prompts, run.answers)
+    return {
+        "name": checkpoint.name,
+        "path": str(checkpoint.path),
+        "scheme": checkpoint.scheme,
+        "kernel": run.kernel,
+        "passed": all(check.status != FAIL for check in checks),
+        "prompts": [len(prompt) for prompt in prompts],
+        "checks": [check.describe() for check in checks],
+        "versions": versions(),
+        "machine": describe_machine(),
+    }
+
+
+@dataclass
+class _Run:
+    """What is left of the engine: its log, its kernels, and its answers or why there are none."""
+
+    log: list[str]
+    kernel: str
+    answers: Answers | None = None
+    broken: str = ""
+
+
+def _open_base(checkpoint: Checkpoint, base: str | Path | None) -> Checkpoint | None:
+    if base is None:
+        return None
+    opened = open_checkpoint(Path(base))
+    sizes = [c.text_config.get("vocab_size") for c in (checkpoint, opened)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"--base: {base} has a vocabulary of {sizes[1]} and {checkpoint.path} of {sizes[0]};"
+            " give the model that was quantized"
+        )
+    return opened
+
+
+def _file_bytes(checkpoint: Checkpoint) -> int:
+    files = {tensor.file for tensor in read_headers(checkpoint.path).values()}
+    return sum(file.stat().st_size for file in files)
+
+
+def _run_engine(checkpoint: Checkpoint, version: str, prompts: list[Prompt]) -> _Run:
+    longest = max(map(len, prompts)) + NEW_TOKENS
+    with Engine(checkpoint, fit(checkpoint, version, measured=longest)) as engine:
+        run = _Run(engine.log.read_text(encoding="utf-8").splitlines(), engine.kernel)
+        with progress() as bar:
+            total = 2 * sum(map(len, prompts))
+            task = bar.add_task(f"asking {checkpoint.name}", total=total, note="vLLM")
+            try:
+                run.answers = probe(engine.client(), prompts, lambda n: bar.advance(task, n))
+            except BrokenAnswerError as error:
+                run.broken = str(error)
+    return run
+
+
+def _check_answers(
+    checkpoint: Checkpoint, base: Checkpoint | None, prompts: list[Prompt], answers: Answers
+) -> list[Check]:
+    places = sum(len(prompt) - 1 for prompt in prompts)
+    # The client refuses any other answer.
+    checks = [held("finite", True, f"{2 * places} log-probabilities of the engine", "all")]
+    engine = [agreement.of_engine(answer) for answer in answers.together]
+    try:
+        rounded, exact = _predict(checkpoint, prompts, answers)
+    except NoReference as reason:
+        why = f"no reference: {reason}"
+        return [*checks, not_checked("agreement", why), not_checked("alone and in a batch", why)]
+    if not all(prediction.finite for prediction in rounded + exact):
+        why = "the dequantized weights give NaN or infinity in transformers: quantize again"
+        return [*checks, Check("finite reference", FAIL, why)]
+    noise = agreement.distance(rounded, exact)
+    checks += agreement.check_agreement(prompts, engine, rounded, exact)
+    checks.append(agreement.check_batches(answers.together, answers.alone, noise))
+    if base is not None:
+        checks.append(_check_base(base, prompts, answers, engine, exact, noise))
+    return checks
+
+
+def _predict(
+    checkpoint: Checkpoint, prompts: list[Prompt], answers: Answers
+) -> tuple[list[agreement.Prediction], list[agreement.Prediction]]:
+    """What the dequantized checkpoint says in bfloat16, and in float32."""
+    with progress() as bar:
+        task = bar.add_task(
+            f"reference of {checkpoint.name}", total=2 * sum(map(len, prompts)), note="loading"
+        )
+        model = load_reference(checkpoint)
+        bar.update(task, note="bfloat16")
+        rounded = agreement.of_all(model, prompts, answers.together, lambda n: bar.advance(task, n))
+        model.float()
+        bar.update(task, note="float32")
+        exact = agreement.of_all(model, prompts, answers.together, lambda n: bar.advance(task, n))
+    return rounded, exact
+
+
+def _check_base(
+    base: Checkpoint,
+    prompts: list[Prompt],
+    answers: Answers,
+    engine: list[agreement.Prediction],
+    exact: list[agreement.Prediction],
+    noise: agreement.Distance,
+) -> Check:
+    try:
+        _, unquantized = _predict(base, prompts, answers)
+    except NoReference as reason:
+        return not_checked(agreement.NEARER, f"no reference of {base.path}: {reason}")
+    return agreement.check_base(engine, exact, unquantized, noise)

@@ -1,0 +1,33 @@
+"""The outcome of a verification for the terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+from maca_serve.verification.checks import FAIL, NOT_CHECKED, PASS
+
+_STYLES = {PASS: "green", FAIL: "bold red", NOT_CHECKED: "yellow"}
+
+
+def check_table(result: dict[str, Any]) -> Table:
+    """One row for each check."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("check", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    table.add_column("held to", overflow="fold")
+    for check in result["checks"]:
+        status = check["status"]
+        table.add_row(
+            check["name"], f"[{_STYLES[status]}]{status}[/]", check["found"], check["limit"]
+        )
+    return table
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """One line: how many checks passed, failed, and were not made."""
+    counts = dict.fromkeys(_STYLES, 0)
+    for check in result["checks"]:
+        counts[check["status"]] += 1
+    made = f"{counts[PASS]} passed, {counts[FAIL]} failed, {counts[NOT_CHECKED]} not checked"
+    return f"{result['name']}: {made}"

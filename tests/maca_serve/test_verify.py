@@ -1,0 +1,170 @@
+"""`maca-serve verify` through the fake engine, which continues everything with token 0."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from maca_serve import cli, verify
+from maca_serve.errors import UserError
+from maca_serve.verification import verifying
+from maca_serve.verification.prompts import make_prompts
+from maca_serve.verification.reference import NoReference
+from maca_serve.verification.view import check_table, verdict
+from packed import MODEL, write_packed
+from rich.console import Console
+from typer.testing import CliRunner
+
+FOLDER = os.environ.get("MACA_TEST_CHECKPOINTS")
+LAYERS = [{"quantized": True, "kernel": "CPUWNA16LinearKernel", "scheme": "CompressedTensorsWNA16"}]
+TOP = 10
+
+
+class FakeModel:
+    """What the fake engine computes where every token is 0, with noise until it is float32."""
+
+    def __init__(self, shift=0.0):
+        self.shift, self.noise = shift, 0.02
+
+    def float(self):
+        self.noise = 0.0
+
+    def __call__(self, input_ids):
+        places = input_ids.shape[1]
+        probabilities = torch.zeros(places, MODEL["vocab_size"], dtype=torch.float64)
+        for i, before in enumerate(input_ids[0].tolist()):
+            logprob = -(1.0 + (31 * before % 97) / 50.0 + 4.0 / (i + 1))
+            probabilities[i, 0] = math.exp(logprob - self.shift)
+        probabilities[:, 100 : 100 + TOP] = torch.tensor([-(1.5 + i) for i in range(TOP)]).exp()
+        probabilities[:, 1:100] = (1 - probabilities.sum(-1, keepdim=True)) / 99
+        probabilities[:, 100 + TOP :] = 1e-12
+        draw = torch.Generator().manual_seed(0)
+        noise = self.noise * torch.randn(probabilities.shape, generator=draw)
+        return type("Out", (), {"logits": (probabilities.log() + noise)[None]})
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer_files, fake_vllm, monkeypatch):
+    """A folder whose engine is the fake one and whose doctor and reference are known."""
+    write_packed(tmp_path / "w3", 3)
+    for file in tokenizer_files.iterdir():
+        (tmp_path / "w3" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(verifying, "diagnose", lambda folder: {"layers": LAYERS})
+    monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: FakeModel())
+    return tmp_path / "w3"
+
+
+def outcome(result):
+    return {check["name"]: check["status"] for check in result["checks"]}
+
+
+def test_verify_passes_an_engine_that_agrees(checkpoint):
+    result = verify(checkpoint)
+    assert json.loads(json.dumps(result)) == result
+    assert result["passed"] and result["kernel"] == "CPUWNA16LinearKernel"
+    assert result["prompts"] == [32] * 8 + [128] * 4
+    assert outcome(result) == {
+        "kernel": "pass",
+        "memory of weights": "not checked",
+        "finite": "pass",
+        "log-probabilities, mean": "pass",
+        "log-probabilities, largest": "pass",
+        "KL divergence": "pass",
+        "first choices": "pass",
+        "greedy tokens": "pass",
+        "prompts of 32 tokens": "pass",
+        "prompts of 128 tokens": "pass",
+        "alone and in a batch": "pass",
+    }
+    assert verdict(result) == "w3: 10 passed, 0 failed, 1 not checked"
+
+
+def test_verify_fails_an_engine_that_computes_something_else(checkpoint, monkeypatch):
+    monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: FakeModel(shift=0.5))
+    result = verify(checkpoint)
+    assert not result["passed"]
+    assert outcome(result)["log-probabilities, mean"] == "fail"
+    assert outcome(result)["alone and in a batch"] == "pass"
+
+
+def test_verify_fails_answers_that_depend_on_the_batch(checkpoint, fake_vllm):
+    fake_vllm("depends on the batch")
+    failed = [name for name, status in outcome(verify(checkpoint)).items() if status == "fail"]
+    assert failed == ["alone and in a batch"]
+
+
+def test_verify_fails_another_kernel(checkpoint, monkeypatch):
+    other = {"layers": [{**LAYERS[0], "kernel": "MarlinLinearKernel"}]}
+    monkeypatch.setattr(verifying, "diagnose", lambda folder: other)
+    assert outcome(verify(checkpoint))["kernel"] == "fail"
+
+
+def test_verify_fails_broken_numbers_of_the_engine(checkpoint, fake_vllm):
+    fake_vllm("nan")
+    result = verify(checkpoint)
+    assert outcome(result)["finite"] == "fail" and outcome(result)["kernel"] == "pass"
+    assert outcome(result)["agreement"] == "not checked"
+
+
+def test_verify_fails_broken_numbers_of_the_checkpoint(checkpoint, monkeypatch):
+    monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: FakeModel(shift=math.nan))
+    assert outcome(verify(checkpoint))["finite reference"] == "fail"
+
+
+def test_verify_says_what_was_not_checked(checkpoint, monkeypatch):
+    def none(checkpoint):
+        raise NoReference("its activations are quantized too")
+
+    monkeypatch.setattr(verifying, "load_reference", none)
+    result = verify(checkpoint)
+    assert result["passed"]
+    agreement = next(check for check in result["checks"] if check["name"] == "agreement")
+    assert agreement["status"] == "not checked"
+    assert agreement["found"] == "no reference: its activations are quantized too"
+    assert verdict(result) == "w3: 2 passed, 0 failed, 3 not checked"
+
+
+def test_verify_with_a_base(checkpoint, monkeypatch, make_checkpoint):
+    base = make_checkpoint("base", quantized=False, vocab_size=MODEL["vocab_size"])
+    models = {"w3": FakeModel, "base": lambda: FakeModel(shift=1.0)}
+    monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: models[checkpoint.name]())
+    result = verify(checkpoint, base=base)
+    assert outcome(result)["nearer to it than to the base"] == "pass"
+    other = make_checkpoint("other", quantized=False, vocab_size=7)
+    with pytest.raises(UserError, match=r"--base: .*other has a vocabulary of 7 and .* of 202"):
+        verify(checkpoint, base=other)
+
+
+def test_a_context_that_is_too_short(checkpoint):
+    content = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(content | {"max_position_embeddings": 40}))
+    with pytest.raises(UserError, match="its context of 40 tokens is too short"):
+        make_prompts(verifying.open_checkpoint(checkpoint))
+
+
+def test_verify_by_command(checkpoint, fake_vllm):
+    fake_vllm("depends on the batch")
+    done = CliRunner().invoke(cli.app, ["verify", str(checkpoint), "--json"])
+    assert done.exit_code == 1
+    assert outcome(json.loads(done.stdout))["alone and in a batch"] == "fail"
+
+
+def test_the_table_shows_every_check_and_its_limit(checkpoint):
+    result = verify(checkpoint)
+    console = Console(width=150, record=True)
+    console.print(check_table(result))
+    text = console.export_text()
+    assert all(check["name"] in text for check in result["checks"])
+    assert "not checked" in text and "x bfloat16 alone" in text
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(FOLDER is None, reason="MACA_TEST_CHECKPOINTS names no folder")
+def test_verify_passes_a_real_checkpoint_in_the_real_engine():
+    result = verify(Path(FOLDER, "w3-in-4"), base=Path(FOLDER, "base"))
+    print(*(f"{c['name']}: {c['status']} {c['found']}" for c in result["checks"]), sep="\n")
+    assert result["passed"]
+    names = [name for name, status in outcome(result).items() if status == "pass"]
+    assert {"kernel", "log-probabilities, mean", "prompts of 512 tokens"} <= set(names)

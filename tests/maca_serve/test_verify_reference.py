@@ -1,0 +1,69 @@
+"""The reference holds the values that the checkpoint stores."""
+
+import json
+
+import pytest
+import torch
+from maca_serve.checkpoint import open_checkpoint
+from maca_serve.verification import reference
+from maca_serve.verification.reference import NoReference, load_reference
+from packed import quantization, weights_config, write_packed
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [(3, {"symmetric": False, "shards": 2}), (2, {"group": None}), (4, {}), (8, {})],
+)
+def test_verify_reads_every_weight_bit_for_bit(tmp_path, bits, options):
+    values = write_packed(tmp_path / "w", bits, **options)
+    model = load_reference(open_checkpoint(tmp_path / "w"))
+    assert model.dtype == torch.bfloat16
+    for module, value in values.items():
+        found = model.get_submodule(module).weight
+        assert torch.equal(found.view(torch.int16), value.view(torch.int16)), module
+    logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+    assert logits.shape == (1, 3, 202) and torch.isfinite(logits).all()
+
+
+ACTIVATIONS = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "this is gptq"),
+        (
+            quantization(weights_config(8), input_activations=ACTIVATIONS),
+            "activations are quantized too",
+        ),
+        (quantization(weights_config(8), format="int-quantized"), "this is int-quantized"),
+        (
+            quantization(weights_config(3)) | {"transform_config": {"config_groups": {"u": {}}}},
+            "transforms activations",
+        ),
+    ],
+)
+def test_verify_says_why_it_has_no_reference(tmp_path, config, says):
+    write_packed(tmp_path / "w", 3)
+    _change(tmp_path / "w", quantization_config=config)
+    with pytest.raises(NoReference, match=says):
+        load_reference(open_checkpoint(tmp_path / "w"))
+
+
+def test_verify_wants_memory_and_a_model_that_transformers_knows(tmp_path, monkeypatch):
+    write_packed(tmp_path / "w", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "available_memory", lambda: 1000)
+        with pytest.raises(NoReference, match=r"takes 0\.0 GiB of memory and 0\.0 GiB are free"):
+            load_reference(open_checkpoint(tmp_path / "w"))
+    _change(tmp_path / "w", num_hidden_layers=3)
+    with pytest.raises(NoReference, match=r"cannot load it: no weight for model\.layers\.2"):
+        load_reference(open_checkpoint(tmp_path / "w"))
+    _change(tmp_path / "w", model_type="nobody-knows")
+    with pytest.raises(NoReference, match=r"transformers cannot load it: .*nobody-knows"):
+        load_reference(open_checkpoint(tmp_path / "w"))
+
+
+def _change(folder, **changes):
+    content = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(content))
