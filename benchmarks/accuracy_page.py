@@ -23,6 +23,7 @@ from accuracy_arms import (
     read_cells,
 )
 from matplotlib import pyplot
+from matplotlib.lines import Line2D
 from scipy import stats
 
 PAGE = HERE / "ACCURACY.md"
@@ -164,22 +165,23 @@ def scale_table() -> str:
 
 def plot(groups: dict[tuple[str, str], Cells]) -> str:
     """KL by input length of the default and the baselines; the name of the picture."""
-    shown = [*BASELINES, DEFAULT]
+    colours = {method: f"C{number}" for number, method in enumerate([*BASELINES, DEFAULT])}
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(3.2 * len(groups), 3.2), squeeze=False, layout="constrained"
+        1, len(groups), figsize=(3.2 * len(groups), 3.6), squeeze=False, layout="constrained"
     )
     for axis, ((model, scheme), cells) in zip(axes[0], groups.items(), strict=True):
-        for method in shown:
+        for method, colour in colours.items():
             found = list(cells.get(method, {}).values())
             if found:
                 values = np.array([[kl(cell, length) for length in LENGTHS] for cell in found])
                 error = values.std(0, ddof=1) if len(found) > 1 else None
-                axis.errorbar(LENGTHS, values.mean(0), error, marker="o", capsize=3, label=method)
+                axis.errorbar(LENGTHS, values.mean(0), error, color=colour, marker="o", capsize=3)
         axis.set(xscale="log", title=f"{model}\n{scheme}", xlabel="input length", ylim=(0, None))
         axis.set_xticks(LENGTHS, map(str, LENGTHS))
         axis.minorticks_off()
     axes[0][0].set_ylabel("KL to the base, nats per token")
-    axes[0][0].legend(fontsize=8)
+    lines = [Line2D([], [], color=colour, marker="o") for colour in colours.values()]
+    figure.legend(lines, colours, loc="outside lower center", ncols=len(lines))
     figure.savefig(PLOTS / "accuracy.svg")
     return "results/accuracy.svg"
 
