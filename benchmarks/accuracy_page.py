@@ -25,6 +25,7 @@ from accuracy_arms import (
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from scipy import stats
+from tables import markdown
 
 PAGE = HERE / "ACCURACY.md"
 PLOTS = HERE / "results"
@@ -43,12 +44,6 @@ def kl(cell: dict, length: int) -> float:
 def mean_log_kl(cell: dict) -> float:
     """Mean over lengths of the logarithm: a ratio counts the same wherever it is."""
     return statistics.fmean(float(np.log(kl(cell, length))) for length in LENGTHS)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table; the first row is its head."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -182,7 +177,7 @@ def plot(groups: dict[tuple[str, str], Cells]) -> str:
     axes[0][0].set_ylabel("KL to the base, nats per token")
     lines = [Line2D([], [], color=colour, marker="o") for colour in colours.values()]
     figure.legend(lines, colours, loc="outside lower center", ncols=len(lines))
-    figure.savefig(PLOTS / "accuracy.svg")
+    figure.savefig(PLOTS / "accuracy.svg", metadata={"Date": None})
     return "results/accuracy.svg"
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from tables import markdown
 from tqdm import tqdm
 
 from maca_llmc import record
@@ -220,7 +221,7 @@ def table(results: dict) -> str:
     """All cases: a row per arm."""
     heads = ["case", "arm", "wall s", *(f"{phase} s" for phase in PHASES)]
     heads += ["tokens/s", "MB above weights", "share of GEMM", "against the first arm"]
-    rows = [heads, ["---"] * len(heads)]
+    rows = [heads]
     for name, by_arm in results["cases"].items():
         first = next(iter(by_arm.values()))
         for label, arm in by_arm.items():
@@ -231,7 +232,7 @@ def table(results: dict) -> str:
             row += [f"{useful_share(arm, results['best_square_gflops'][name]):.0%}"]
             row += [f"{wall / median(first, 'wall'):.3f}"]
             rows.append(row)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 def exponent(by_arm: dict, sizes: list[int], *path: str) -> float:
@@ -243,7 +244,7 @@ def exponent(by_arm: dict, sizes: list[int], *path: str) -> float:
 def targets(results: dict) -> str:
     """What was to be reached, and what was."""
     cases, best = results["cases"], results["best_square_gflops"]
-    rows = [["what", "to reach", "measured"], ["---"] * 3]
+    rows = [["what", "to reach", "measured"]]
 
     def ratio(name, one, other, *path):
         return median(cases[name][one], *path) / median(cases[name][other], *path)
@@ -291,7 +292,7 @@ def targets(results: dict) -> str:
         lengths = [512, 1024, 2048, 4096, 8192]
         found = f"{exponent(cases['lengths'], lengths, 'wall'):.2f}"
         rows.append(["growth of wall time with the length, same tokens", "below 1", found])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ Times are in seconds, memory in bytes.
 import json
 from pathlib import Path
 
+from tables import markdown
+
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "runs" / "demo"
 RESULT = ROOT / "benchmarks" / "results" / "demo.json"
@@ -18,6 +20,8 @@ KEPT = ("method", "calibration", "wall_seconds", "peak_rss_bytes", "versions", "
 def collect() -> dict:
     """The demo's results, each quantized checkpoint with how it was made."""
     results = json.loads((DEMO / "results.json").read_text())
+    text = Path(results["settings"]["accuracy"]["text"])
+    results["settings"]["accuracy"]["text"] = text.name  # not where it lay on this machine
     for entry in results["checkpoints"]:
         entry.pop("path")
         record = DEMO / entry["name"] / "maca_run.json"
@@ -37,7 +41,6 @@ def table(results: dict) -> str:
         + [f"tokens/s, {n} in flight" for n in loads]
         + ["quantized in"]
     ]
-    rows.append(["---"] * len(rows[0]))
     for entry in entries:
         made = entry.get("quantize")
         rows.append(
@@ -47,7 +50,7 @@ def table(results: dict) -> str:
             + [f"{entry['throughput'][n]['output_tokens_per_s']:.1f}" for n in loads]
             + [f"{made['wall_seconds']['calibrate']:.0f} s" if made else "—"]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 def main() -> None:

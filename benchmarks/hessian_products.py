@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from tables import markdown
 
 from maca_llmc import record
 
@@ -133,7 +134,7 @@ def main() -> None:
     result = {"machine": record.machine(), "versions": record.versions(), **measure()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     heads = [f"{shape['tokens']} x {shape['width']}" for shape in result["shapes"]]
-    lines = [["useful GFLOP/s", *heads, "largest error"], ["---"] * (len(heads) + 2)]
+    lines = [["useful GFLOP/s", *heads, "largest error"]]
     for name in WAYS:
         found = [shape["ways"][name] for shape in result["shapes"]]
         lines.append(
@@ -144,7 +145,7 @@ def main() -> None:
             ]
         )
     lines.append(["bfloat16 2048 square", f"{result['best_square_bfloat16_gflops']:.0f}"])
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    print(markdown(lines))
 
 
 if __name__ == "__main__":

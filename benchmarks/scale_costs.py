@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
+from tables import markdown
 
 from maca_llmc import models, record
 from maca_llmc.data import build_calibration_set
@@ -132,9 +133,9 @@ def main() -> None:
     """Measure, print a table, write the result."""
     found = measure()
     names = list(next(iter(found.values())))
-    rows = [["scales chosen by", *found], ["---"] * (len(found) + 1)]
+    rows = [["scales chosen by", *found]]
     rows += [[name, *(f"{ratios[name]:.3f}" for ratios in found.values())] for name in names]
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    print(markdown(rows))
     content = {"machine": record.machine(), "versions": record.versions(), "ratios": found}
     RESULT.write_text(json.dumps(content, indent=1) + "\n")
 

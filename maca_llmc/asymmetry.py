@@ -14,11 +14,9 @@ columns and across blocks, so that the result does not depend on the block size.
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.utils import calculate_range
 
+from maca_llmc.block_update import update_block
 from maca_llmc.compiled_sweep import sweep_block
-from maca_llmc.llmcompressor_api import column_scale_window
 from maca_llmc.solve import Factor
 
 
@@ -38,51 +36,10 @@ def feedback(cross: torch.Tensor, factor: Factor, alpha: float) -> torch.Tensor:
     return alpha * (work @ factor.upper.t()).triu(1) @ factor.upper
 
 
-def asymmetric_block_update(
-    block: torch.Tensor,
-    factor: torch.Tensor,
-    quantized: torch.Tensor,
-    errors: torch.Tensor,
-    squares: torch.Tensor,
-    *,
-    feed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    g_idx: torch.Tensor | None,
-    quant_args: QuantizationArgs,
-    i1: int,
-    **_: Any,
-) -> None:
-    """Quantize one block of columns; as llm-compressor's ``gptq_block_update``, with feedback.
-
-    :param block: ``[b, rows, width]`` float32; each column as it was just before its rounding, out
-    :param factor: ``[b, width, width]``, the block of U
-    :param quantized: dequantized values, out; so ``errors``, over the diagonal of U, and their
-        ``squares``
-    :param feed: ``[b, width, width]``, the block of P
-    :param i1: the block's first column
-    """
-    rows, width = block.shape[-2:]
-    step, zero = column_scale_window(
-        scale, zero_point, None, g_idx, quant_args, num_rows=rows, i1=i1, i2=i1 + width
-    )
-    step = step.expand(block.shape)
-    zero = None if zero is None else zero.expand(block.shape)
-    low, high = (float(bound) for bound in calculate_range(quant_args, "cpu"))
+def asymmetric_block_update(block: torch.Tensor, *tensors: torch.Tensor, **given: Any) -> None:
+    """Quantize one block of columns; arguments as of ``update_block``, ``feed`` among them."""
     sweep = sweep_block if block.device.type == "cpu" else eager_sweep_block
-    for index in range(block.shape[0]):
-        shift = None if zero is None else zero[index]
-        sweep(
-            block[index],
-            factor[index],
-            step[index],
-            shift,
-            (low, high),
-            quantized[index],
-            errors[index],
-            feed[index],
-        )
-    torch.square(errors, out=squares)
+    update_block(sweep, block, *tensors, **given)
 
 
 def eager_sweep_block(

@@ -61,17 +61,23 @@ def _gguf_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _convert(source: Path, target: Path) -> None:
+def load_gguf(folder: Path, file: str) -> Any:
+    """The model of a GGUF file in bfloat16, as one that was never quantized."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF_FILE, dtype=torch.bfloat16
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
     # transformers takes the loaded model for a quantized one and refuses to save it
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
+    return model
+
+
+def _convert(source: Path, target: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = load_gguf(source, GGUF_FILE)
     model.generation_config.eos_token_id = model.config.eos_token_id
     model.save_pretrained(target)
 

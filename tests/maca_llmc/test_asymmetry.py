@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from sweeping import update_of
 
 from maca_llmc import asymmetry
 from maca_llmc.asymmetry import asymmetric_block_update, eager_sweep_block, feedback
@@ -54,25 +55,16 @@ def brute_force(weight, scale, quantized, full, order, dampening, alpha):
     return result
 
 
-def update_of(scale, args=CHANNEL):
-    def update(*tensors, i1, feed):
-        asymmetric_block_update(
-            *tensors,
-            scale=scale,
-            zero_point=torch.zeros_like(scale),
-            g_idx=None,
-            quant_args=args,
-            i1=i1,
-            feed=feed,
-        )
-
-    return update
-
-
 def solve(weight, scale, hessian, cross, alpha, *, ordered=True, block_size=16, dampening=0.01):
     factor = factorize(hessian, dampening, ordered)
     feeds = feedback(cross, factor, alpha)[None]
-    return sweep(weight.clone()[None], [factor], update_of(scale[None]), block_size, feeds)[0][0]
+    return sweep(
+        weight.clone()[None],
+        [factor],
+        update_of(asymmetric_block_update, scale[None], CHANNEL),
+        block_size,
+        feeds,
+    )[0][0]
 
 
 @pytest.fixture
@@ -112,7 +104,9 @@ def test_alpha_zero_is_gptq(inputs, weight, scale):
     factor = factorize(hessian, 0.01, True)
 
     def plain(*tensors, i1):
-        update_of(scale[None])(*tensors, i1=i1, feed=torch.zeros(1, WIDTH, WIDTH))
+        update_of(asymmetric_block_update, scale[None], CHANNEL)(
+            *tensors, i1=i1, feed=torch.zeros(1, WIDTH, WIDTH)
+        )
 
     expected = sweep(weight.clone()[None], [factor], plain, 16)[0][0]
     assert torch.equal(solve(weight, scale, hessian, cross, 0.0), expected)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from llmcompressor.modifiers.gptq.gptq_quantize import gptq_block_update, quantize_weight
+from sweeping import update_of
 
 from maca_llmc.solve import NotPositiveDefiniteError, factorize, sweep
 
@@ -35,21 +36,6 @@ def brute_force(weight, hessian, scale, dampening, order):
     return result, loss
 
 
-def update_of(scale, args):
-    def update(*tensors, i1):
-        gptq_block_update(
-            *tensors,
-            scale=scale,
-            zero_point=torch.zeros_like(scale),
-            global_scale=None,
-            g_idx=None,
-            quant_args=args,
-            i1=i1,
-        )
-
-    return update
-
-
 CHANNEL = QuantizationArgs(num_bits=4, strategy="channel", symmetric=True)
 
 
@@ -59,7 +45,9 @@ def test_codes_and_losses_are_those_of_gptq_written_out(ordered):
     weight, hessian = torch.randn(24, 40), hessian_of(40)
     scale = weight.abs().amax(1, keepdim=True) / 7.3
     factor = factorize(hessian, 0.01, ordered)
-    quantized, losses = sweep(weight.clone()[None], [factor], update_of(scale[None], CHANNEL), 16)
+    quantized, losses = sweep(
+        weight.clone()[None], [factor], update_of(gptq_block_update, scale[None], CHANNEL), 16
+    )
     order = hessian.diagonal().argsort(descending=True) if ordered else torch.arange(40)
     expected, loss = brute_force(weight, hessian, scale[:, 0].double(), 0.01, order.tolist())
     assert (quantized[0] - expected).abs().amax() < 1e-5
@@ -86,7 +74,7 @@ def test_bits_are_those_of_llm_compressor(ordered, dead, batch):
     )
     assert not failed.any()
     factors = [factorize(hessian, 0.01, ordered) for hessian in hessians]
-    ours, losses = sweep(weights.clone(), factors, update_of(scale, args), 32)
+    ours, losses = sweep(weights.clone(), factors, update_of(gptq_block_update, scale, args), 32)
     assert torch.equal(ours, stock)
     assert torch.equal(losses.sum(1), stock_losses)
 
@@ -98,7 +86,7 @@ def test_rows_do_not_depend_on_what_they_are_stacked_with():
     factor = factorize(hessian, 0.01, True)
 
     def solve(rows):
-        update = update_of(scale[rows][None], CHANNEL)
+        update = update_of(gptq_block_update, scale[rows][None], CHANNEL)
         return sweep(weight[rows].clone()[None], [factor], update, 32)[0][0]
 
     whole = solve(slice(0, 300))
