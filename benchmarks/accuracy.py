@@ -41,6 +41,9 @@ from maca_llmc.evaluation import Reference
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CALIBRATION = DATA / "calibration" / "wiki_articles.jsonl"
 EVALUATION = DATA / "wikitext2_test_raw.txt"
+TASKS = tuple(
+    DATA / "zeroshot" / f"{name}.jsonl" for name in ("arc_easy", "boolq", "openbookqa", "piqa")
+)
 NGRAM = 13
 
 
@@ -84,13 +87,22 @@ def recipe_of(scheme: str, fields: dict) -> dict:
 
 
 @cache
-def reference(model: str) -> Reference:
-    """What the unquantized model answers."""
-    return Reference(model, text=EVALUATION, lengths=LENGTHS, windows=WINDOWS, targets=TARGETS)
+def reference(model: str, questions: int) -> Reference:
+    """What the unquantized model answers; with that many questions of each task."""
+    return Reference(
+        model,
+        text=EVALUATION,
+        lengths=LENGTHS,
+        windows=WINDOWS,
+        targets=TARGETS,
+        tasks=TASKS if questions else (),
+        limit=questions or 1,
+    )
 
 
-def run_cell(cell: dict, model: str) -> dict:
+def run_cell(cell: dict, model: str, questions: int) -> dict:
     """Quantize and evaluate one cell."""
+    base = reference(model, questions)
     fields, data = METHODS[cell["method"]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -106,15 +118,15 @@ def run_cell(cell: dict, model: str) -> dict:
             **data,
         )
         run = json.loads((checkpoint / record.RECORD_FILE).read_text())
-        results = reference(model).compare(checkpoint)
+        results = base.compare(checkpoint)
     return {
         **cell,
         "kl": results["kl"],
         "perplexity": results["perplexity"],
-        "base_perplexity": reference(model).own["perplexity"],
-        "settings": {
-            k: v for k, v in reference(model).settings.items() if k not in ("base", "text")
-        },
+        "base_perplexity": base.own["perplexity"],
+        "tasks": results["tasks"],
+        "base_tasks": base.own["tasks"],
+        "settings": {k: v for k, v in base.settings.items() if k not in ("base", "text")},
         "tokens": run["calibration"]["tokens"],
         "wall_seconds": run["wall_seconds"],
         "raised_dampening": len(run["raised_dampening"]),
@@ -125,7 +137,7 @@ def run_cell(cell: dict, model: str) -> dict:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run what is missing, each cell written as soon as it is done."""
-    for path in (CALIBRATION, EVALUATION):
+    for path in (CALIBRATION, EVALUATION, *TASKS):
         if not path.exists():
             sys.exit(f"{path} is not there: put the shared data beside the checkout")
     shared = overlap(*(map(str, read_documents(path)) for path in (CALIBRATION, EVALUATION)))
@@ -134,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
     CELLS.parent.mkdir(exist_ok=True)
     folders = {Path(model).name: model for model in arguments.models}
     for cell in tqdm(missing_cells(arguments), desc="cells"):
-        done = run_cell(cell, folders[cell["model"]])
+        done = run_cell(cell, folders[cell["model"]], arguments.questions)
         with CELLS.open("a") as file:
             file.write(json.dumps(done) + "\n")
 
@@ -146,6 +158,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--questions", type=int, default=0, help="of each zero-shot task")
     run(parser.parse_args())
 
 

@@ -1,6 +1,7 @@
 """The ``maca-llmc`` command."""
 
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -162,10 +163,16 @@ def evaluate(
     targets: Annotated[
         int, typer.Option(help="Tokens of a target block.")
     ] = defaults.EVALUATION_TARGETS,
+    tasks: Annotated[
+        str | None, typer.Option(help="Multiple choice: JSONL files, with commas between.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(help="At most this many questions of each task.")
+    ] = defaults.EVALUATION_LIMIT,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """KL divergence to BASE and perplexity of the same tokens under inputs of several lengths."""
+    """KL divergence to BASE, perplexity of the same tokens by input length, multiple choice."""
     results = maca_llmc.evaluate(
         base,
         checkpoints,
@@ -173,6 +180,8 @@ def evaluate(
         lengths=_numbers(lengths, "--lengths") or [],
         windows=windows,
         targets=targets,
+        tasks=tasks.split(",") if tasks else (),
+        limit=limit,
         device=device,
     )
     if output is not None:
@@ -201,18 +210,32 @@ def embedded_model(
 
 
 def _print_table(results: dict[str, Any]) -> None:
-    lengths = results["settings"]["lengths"]
+    lengths = [str(length) for length in results["settings"]["lengths"]]
+    entries = results["checkpoints"]
+    columns = [f"{length} tokens" for length in lengths]
     for title, key, value in (
         ("KL divergence to the base, nats per token", "kl", "mean"),
         ("perplexity", "perplexity", "ppl"),
     ):
-        table = Table(title=f"{title} (± standard error over windows)")
-        table.add_column("checkpoint")
-        for length in lengths:
-            table.add_column(f"{length} tokens", justify="right")
-        for entry in results["checkpoints"]:
-            cells = [entry[key][str(length)] for length in lengths]
-            table.add_row(
-                entry["name"], *(f"{cell[value]:.4g} ± {cell['stderr']:.2g}" for cell in cells)
-            )
-        Console().print(table)
+        cells = [[(e[key][n][value], e[key][n]["stderr"]) for n in lengths] for e in entries]
+        _print_cells(f"{title} (± standard error over windows)", columns, entries, cells)
+    tasks = results["settings"]["tasks"]
+    for title, key in (("accuracy", "acc"), ("accuracy by byte of the choice", "acc_norm")):
+        found = [[e["tasks"][task] for task in tasks] for e in entries]
+        cells = [[(task[key], task[f"{key}_stderr"]) for task in row] for row in found]
+        if tasks:
+            _print_cells(f"{title} (± standard error over questions)", tasks, entries, cells)
+
+
+def _print_cells(
+    title: str,
+    columns: Iterable[str],
+    entries: list[dict[str, Any]],
+    cells: list[list[tuple[float, float]]],
+) -> None:
+    table = Table("checkpoint", title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for entry, row in zip(entries, cells, strict=True):
+        table.add_row(entry["name"], *(f"{value:.4g} ± {error:.2g}" for value, error in row))
+    Console().print(table)

@@ -20,3 +20,6 @@ EVALUATION_WINDOWS = 16
 
 EVALUATION_TARGETS = 32
 """Tokens of a target block."""
+
+EVALUATION_LIMIT = 200
+"""Questions of a multiple-choice task."""

@@ -1,8 +1,8 @@
 """How far a quantized model is from its base, by input length, in transformers.
 
 On dequantized weights, so for any bit width: KL divergence to the base model, and perplexity, of
-the same target tokens under inputs of several lengths. What quantized activations do (W8A8) is not
-in it: for that, measure in vLLM with ``maca-serve accuracy``.
+the same target tokens under inputs of several lengths, and multiple choice. What quantized
+activations do (W8A8) is not in it: for that, measure in vLLM with ``maca-serve accuracy``.
 """
 
 import math
@@ -16,6 +16,7 @@ import tqdm
 from transformers import CompressedTensorsConfig
 
 from maca_llmc import defaults, models, record
+from maca_llmc.choices import Question, prompt_tokens, read_questions, score_questions
 from maca_llmc.data import EVALUATION_SAMPLE, read_documents
 from maca_llmc.data.calibration import special_prefix, tokenize
 from maca_llmc.device import resolve_device
@@ -78,6 +79,8 @@ def evaluate(
     lengths: Sequence[int] = defaults.EVALUATION_LENGTHS,
     windows: int = defaults.EVALUATION_WINDOWS,
     targets: int = defaults.EVALUATION_TARGETS,
+    tasks: Sequence[str | Path] = (),
+    limit: int = defaults.EVALUATION_LIMIT,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Compare checkpoints with their base model on the same target tokens.
@@ -89,17 +92,26 @@ def evaluate(
     :param windows: how many spans of the longest length
     :param targets: tokens scored at the end of each; the base's answers to all of them are kept:
         2 bytes x vocabulary x targets x windows x lengths
+    :param tasks: JSON Lines files of multiple choice, see ``choices.read_questions``
+    :param limit: at most this many questions of each
     :param device: "auto", "cpu", "cuda" or "cuda:N"
     :return: settings and, per checkpoint, ``kl`` and ``perplexity`` by length, each with its
         standard error over windows, and each window's own (KL divergence, and negative
-        log-likelihood) for paired comparisons
+        log-likelihood) for paired comparisons; ``tasks`` by name as ``choices.score_questions``
     :raises UserError: for inputs that make no sense, or a folder that is not quantized
     """
     models.load_config(models.resolve_model(base))  # all names are checked before any model is run
     for folder in checkpoints:
         check_quantized(Path(folder))
     reference = Reference(
-        base, text=text, lengths=lengths, windows=windows, targets=targets, device=device
+        base,
+        text=text,
+        lengths=lengths,
+        windows=windows,
+        targets=targets,
+        tasks=tasks,
+        limit=limit,
+        device=device,
     )
     return {
         "machine": record.machine(),
@@ -123,6 +135,8 @@ class Reference:
         lengths: Sequence[int],
         windows: int,
         targets: int,
+        tasks: Sequence[str | Path] = (),
+        limit: int = defaults.EVALUATION_LIMIT,
         device: str = "auto",
     ) -> None:
         self._device = resolve_device(device)
@@ -130,7 +144,7 @@ class Reference:
         context = models.context_length(models.load_config(source))
         tokenizer = models.load_tokenizer(source)
         prefix = special_prefix(tokenizer)
-        _check_counts(windows, targets)
+        _check_counts(windows=windows, targets=targets, limit=limit)
         _check_lengths(lengths, targets + max(len(prefix), 1), context)
         documents = read_documents(EVALUATION_SAMPLE if text is None else text)
         ids = [tokenize(tokenizer, document, prefix) for document in documents]
@@ -140,28 +154,31 @@ class Reference:
             length: torch.tensor([span.input_of(length, prefix) for span in spans])
             for length in lengths
         }
+        self._questions = _read_tasks(tasks, tokenizer, limit, context)
         self.settings = {
             "base": base,
             "text": "the shipped evaluation sample" if text is None else str(text),
             "lengths": list(lengths),
             "windows": windows,
             "targets": targets,
+            "tasks": {name: len(questions) for name, questions in self._questions.items()},
             "special_prefix": prefix,
         }
         self._logits: dict[int, list[torch.Tensor]] = {length: [] for length in lengths}
-        for length, _, logits in self._answers(source, "base"):
+        model = _load(source, self._device)
+        for length, _, logits in self._answers(model, "base"):
             self._logits[length].append(logits)
-        self.own = self._entry("base", source, self._replayed())
+        self.own = self._entry("base", source, self._replayed(), model)
         """The base's own entry, of the form that :meth:`compare` gives."""
 
     def compare(self, folder: Path) -> dict[str, Any]:
-        """Name, path, and ``kl`` and ``perplexity`` by length, of a quantized checkpoint."""
-        answers = self._answers(str(folder), folder.name)
-        return self._entry(folder.name, str(folder), answers)
+        """Name, path, ``kl`` and ``perplexity`` by length, and ``tasks``, of a checkpoint."""
+        model = _load(str(folder), self._device)
+        answers = self._answers(model, folder.name)
+        return self._entry(folder.name, str(folder), answers, model)
 
     @torch.no_grad()
-    def _answers(self, source: str, name: str) -> Iterator[Answer]:
-        model = _load(source, self._device)
+    def _answers(self, model: Any, name: str) -> Iterator[Answer]:
         total = sum(ids.numel() for ids in self._inputs.values())
         # in tokens, so that what is left is estimated with long inputs counted as long
         with tqdm.tqdm(total=total, desc=name, unit="token") as bar:
@@ -177,7 +194,15 @@ class Reference:
             for window, logits in zip(ids, self._logits[length], strict=True):
                 yield length, window[-self._targets :], logits
 
-    def _entry(self, name: str, path: str, answers: Iterator[Answer]) -> dict[str, Any]:
+    def _choose(self, model: Any, name: str) -> dict[str, Any]:
+        total = sum(map(prompt_tokens, self._questions.values()))
+        with tqdm.tqdm(total=total, desc=f"{name}, tasks", unit="token", disable=not total) as bar:
+            return {
+                task: score_questions(model, questions, TOKENS_AT_ONCE, bar.update)
+                for task, questions in self._questions.items()
+            }
+
+    def _entry(self, name: str, path: str, answers: Iterator[Answer], model: Any) -> dict[str, Any]:
         kl: dict[int, list[float]] = {length: [] for length in self._inputs}
         nll: dict[int, list[float]] = {length: [] for length in self._inputs}
         for length, targets, logits in answers:
@@ -190,6 +215,7 @@ class Reference:
             "path": path,
             "kl": {str(length): _divergence(values) for length, values in kl.items()},
             "perplexity": {str(length): _perplexity(values) for length, values in nll.items()},
+            "tasks": self._choose(model, name),
         }
 
 
@@ -208,10 +234,28 @@ def check_quantized(folder: Path) -> None:
         raise UserError(f"{folder} is not a quantized checkpoint: make one with maca-llmc quantize")
 
 
-def _check_counts(windows: int, targets: int) -> None:
-    for flag, value in (("--windows", windows), ("--targets", targets)):
+def _check_counts(**counts: int) -> None:
+    for flag, value in counts.items():
         if value < 1:
-            raise UserError(f"{flag} {value}: give 1 or more")
+            raise UserError(f"--{flag} {value}: give 1 or more")
+
+
+def _read_tasks(
+    tasks: Sequence[str | Path], tokenizer: Any, limit: int, context: int | None
+) -> dict[str, list[Question]]:
+    """Questions by the file's name without its ending."""
+    found: dict[str, list[Question]] = {}
+    for path in map(Path, tasks):
+        if path.stem in found:
+            raise UserError(f"--tasks {path}: a task {path.stem!r} is there already: rename one")
+        found[path.stem] = read_questions(path, tokenizer, limit)
+        longest = max(len(q.context) + len(c) for q in found[path.stem] for c in q.choices)
+        if context is not None and longest > context:
+            raise UserError(
+                f"--tasks {path}: a question of {longest} tokens is longer than the model's "
+                f"context ({context}): leave it out"
+            )
+    return found
 
 
 def _check_lengths(lengths: Sequence[int], least: int, context: int | None) -> None:

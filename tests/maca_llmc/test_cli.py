@@ -253,7 +253,10 @@ def test_quantize_and_evaluate_for_real(here, monkeypatch, capsys, tmp_path):
     assert (output / "model.safetensors").is_file()
 
     results = tmp_path / "deep" / "results.json"
+    row = {"question": "who", "choices": ["a bee", "no"], "answer": 1}
+    (tmp_path / "who.jsonl").write_text("\n".join([json.dumps(row)] * 3))
     words = ["--text", here / "data.jsonl", "--lengths", "40,64", "--windows", 2]
+    words += ["--tasks", tmp_path / "who.jsonl", "--limit", 2]
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = run(
         monkeypatch, capsys, "evaluate", here / "model", output, *words, "--output", results
@@ -263,6 +266,7 @@ def test_quantize_and_evaluate_for_real(here, monkeypatch, capsys, tmp_path):
     assert [entry["name"] for entry in entries] == ["base", "checkpoint"]
     assert f"{entries[1]['kl']['64']['mean']:.4g} ±" in out
     assert f"{entries[1]['perplexity']['40']['ppl']:.4g} ±" in out
+    assert len(entries[1]["tasks"]["who"]["acc_right"]) == 2 and "accuracy by byte" in out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """KL divergence and perplexity by input length, against a float64 brute force."""
 
+import json
 import math
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from tiny import random_text, save_tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from maca_llmc import defaults, evaluate, models
+from maca_llmc.choices import read_questions, score_questions
 from maca_llmc.errors import UserError
 from maca_llmc.evaluation import Window, cut_spans, mean_and_error
 
@@ -52,9 +54,19 @@ def in_float32():
 
 
 @pytest.fixture(scope="module")
-def results(base, checkpoint):
+def task(tmp_path_factory):
+    path = tmp_path_factory.mktemp("task") / "who.jsonl"
+    rows = [{"question": "ab" * i, "choices": ["abc", "zz"], "answer": i % 2} for i in range(6)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(base, checkpoint, task):
     with in_float32():
-        return evaluate(str(base), [checkpoint], text=TEXT, lengths=LENGTHS, windows=WINDOWS)
+        return evaluate(
+            str(base), [checkpoint], text=TEXT, lengths=LENGTHS, windows=WINDOWS, tasks=[task]
+        )
 
 
 @torch.no_grad()
@@ -97,6 +109,15 @@ def test_the_base_against_itself_is_exactly_zero(results):
         own = results["checkpoints"][0]["kl"][str(length)]
         assert own["mean"] == own["stderr"] == 0.0 and not any(own["windows"])
         assert results["checkpoints"][1]["kl"][str(length)]["stderr"] > 0
+
+
+def test_tasks_are_asked_of_base_and_checkpoint(base, checkpoint, task, results):
+    questions = read_questions(task, tiny_tokenizer(), 9)
+    for entry, model in zip(
+        results["checkpoints"], (load(base), load(checkpoint, dequantize=True)), strict=True
+    ):
+        assert entry["tasks"] == {"who": score_questions(model.float(), questions, 64)}
+    assert results["settings"]["tasks"] == {"who": 6}
 
 
 def test_settings_are_recorded(base, results):
@@ -174,11 +195,22 @@ def test_mean_and_standard_error():
         ({"targets": 0}, "--targets 0: give 1 or more"),
         ({"targets": 40}, "lengths 40,64: give increasing lengths of 41 tokens or more"),
         ({"text": "/nowhere.jsonl"}, "/nowhere.jsonl: no such file"),
+        ({"tasks": ["/nowhere.jsonl"]}, "--tasks /nowhere.jsonl: no such file"),
+        ({"tasks": ["@task", "@task"]}, "a task 'who' is there already: rename one"),
+        ({"tasks": ["@long"]}, r"of 6\d\d tokens is longer than the model's context \(512\)"),
+        ({"limit": 0}, "--limit 0: give 1 or more"),
         ({"device": "gpu"}, "device 'gpu'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(base, checkpoint, settings, match):
+def test_settings_that_make_no_sense_are_refused(
+    base, checkpoint, task, tmp_path, settings, match
+):
+    files = {"@task": task, "@long": tmp_path / "long.jsonl"}
+    row = {"question": "x" * 600, "choices": ["a", "b"], "answer": 0}
+    files["@long"].write_text("\n".join([json.dumps(row)] * 2))
     given = {"text": TEXT, "lengths": LENGTHS, "windows": WINDOWS} | settings
+    if "tasks" in given:
+        given["tasks"] = [files.get(name, name) for name in given["tasks"]]
     with pytest.raises(UserError, match=match):
         evaluate(str(base), [checkpoint], **given)
 
