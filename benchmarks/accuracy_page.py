@@ -22,6 +22,21 @@ from accuracy_arms import (
     WINDOWS,
     read_cells,
 )
+from accuracy_stats import (
+    Cells,
+    holm,
+    kl,
+    mean_and_error,
+    mean_log_kl,
+    paired_p,
+    pairs_at,
+    ratio_of_means,
+    right,
+    shared_seeds,
+    window_interval,
+    zero_shot,
+)
+from accuracy_targets import asked, target_rows
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from scipy import stats
@@ -30,54 +45,12 @@ from tables import markdown
 PAGE = HERE / "ACCURACY.md"
 PLOTS = HERE / "results"
 TEXT = HERE / "accuracy_page.md"
-RESAMPLES = 10_000
-
-Cells = dict[str, dict[int, dict]]
-"""By method and seed, of one model and scheme."""
-
-
-def kl(cell: dict, length: int) -> float:
-    """KL divergence to the base, nats per token."""
-    return cell["kl"][str(length)]["mean"]
-
-
-def mean_log_kl(cell: dict) -> float:
-    """Mean over lengths of the logarithm: a ratio counts the same wherever it is."""
-    return statistics.fmean(float(np.log(kl(cell, length))) for length in LENGTHS)
 
 
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean and standard deviation over seeds."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
-
-
-def holm(values: list[float | None]) -> list[float | None]:
-    """p values corrected for how many were looked at (Holm, 1979)."""
-    order = sorted((i for i, p in enumerate(values) if p is not None), key=lambda i: values[i])
-    corrected: list[float | None] = [None] * len(values)
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * values[index]))
-        corrected[index] = largest
-    return corrected
-
-
-def paired_p(pairs: list[tuple[float, float]]) -> float | None:
-    """p of a paired t test; None for fewer than two pairs."""
-    return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue) if len(pairs) > 1 else None
-
-
-def window_interval(one: list[dict], other: list[dict], length: int) -> tuple[float, float]:
-    """95 % bootstrap interval over windows of the ratio of two methods' KL, seeds averaged."""
-    means = [
-        np.mean([cell["kl"][str(length)]["windows"] for cell in cells], axis=0)
-        for cells in (one, other)
-    ]
-    picks = np.random.default_rng(0).integers(len(means[0]), size=(RESAMPLES, len(means[0])))
-    ratios = means[0][picks].mean(1) / means[1][picks].mean(1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def method_table(cells: Cells) -> str:
@@ -103,18 +76,15 @@ def comparison_rows(model: str, scheme: str, cells: Cells) -> list[dict]:
     """The default against each baseline at each length."""
     rows = []
     for baseline in BASELINES:
-        seeds = sorted(cells.get(DEFAULT, {}).keys() & cells.get(baseline, {}).keys())
-        if not seeds:
-            continue
-        own, other = ([cells[m][s] for s in seeds] for m in (DEFAULT, baseline))
-        for length in LENGTHS:
-            pairs = [(kl(a, length), kl(b, length)) for a, b in zip(own, other, strict=True)]
+        seeds = shared_seeds(cells, DEFAULT, baseline)
+        for length in LENGTHS if seeds else ():
+            own, other = ([cells[m][s] for s in seeds] for m in (DEFAULT, baseline))
+            pairs = pairs_at(cells, DEFAULT, baseline, length)
             rows.append(
                 {
                     "of": (model, scheme, baseline, length),
                     "seeds": len(seeds),
-                    "ratio": statistics.fmean(a for a, _ in pairs)
-                    / statistics.fmean(b for _, b in pairs),
+                    "ratio": ratio_of_means(pairs),
                     "interval": window_interval(own, other, length),
                     "p": paired_p(pairs),
                 }
@@ -123,10 +93,10 @@ def comparison_rows(model: str, scheme: str, cells: Cells) -> list[dict]:
 
 
 def comparison_table(rows: list[dict]) -> str:
-    """The default against baselines, with p corrected over all of the table."""
+    """The default against baselines."""
     lines = [["model", "scheme", "against", "at", "seeds", "KL ratio", "over windows", "p (Holm)"]]
-    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
-        low, high = row["interval"]
+    for row in rows:
+        (low, high), p = row["interval"], row["p"]
         cells = [*map(str, row["of"]), str(row["seeds"]), f"{row['ratio']:.2f}"]
         lines.append([*cells, f"{low:.2f} to {high:.2f}", "—" if p is None else f"{p:.1g}"])
     return markdown(lines)
@@ -139,7 +109,7 @@ def effect_table(groups: dict[tuple[str, str], Cells]) -> str:
         changes = [
             mean_log_kl(cells[after][seed]) - mean_log_kl(cells[before][seed])
             for cells in groups.values()
-            for seed in sorted(cells.get(after, {}).keys() & cells.get(before, {}).keys())
+            for seed in shared_seeds(cells, before, after)
         ]
         if not changes:
             continue
@@ -148,6 +118,27 @@ def effect_table(groups: dict[tuple[str, str], Cells]) -> str:
         row = [what, before, after, f"{np.exp(statistics.fmean(changes)):.2f}", str(len(changes))]
         rows.append([*row, f"{low:.2f} to {high:.2f}", "—" if p is None else f"{p:.1g}"])
     return markdown(rows)
+
+
+def zero_shot_table(groups: dict[tuple[str, str], Cells]) -> str:
+    """Accuracy by task, in percent, seeds averaged; errors are over questions."""
+    rows: list[list[str]] = []
+    for (model, scheme), cells in groups.items():
+        for method in [m for m in (*BASELINES, DEFAULT) if asked(cells, m)]:
+            found = [cells[method][seed] for seed in asked(cells, method)]
+            names = list(found[0]["tasks"])
+            base = [right(found[0]["base_tasks"], name) for name in names]
+            for what, count, values in (
+                (f"base of {model}", "", base),
+                (f"{method}, {scheme}", str(len(found)), zero_shot(found)),
+            ):
+                mean, error = mean_and_error(values)
+                row = [what, count, *(f"{100 * v.mean():.1f}" for v in values)]
+                row += [f"{mean:.1f} ± {error:.1f}"]
+                rows += [row] if row not in rows else []
+    if not rows:
+        return "Not measured yet."
+    return markdown([["checkpoint", "seeds", *names, "mean"], *rows])
 
 
 def scale_table() -> str:
@@ -201,6 +192,8 @@ def main() -> None:
         group = groups.setdefault((cell["model"], cell["scheme"]), defaultdict(dict))
         group[cell["method"]][cell["seed"]] = cell
     compared = [row for key, found in groups.items() for row in comparison_rows(*key, found)]
+    for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
+        row["p"] = p
     machine = cells[-1]["machine"]
     parts = [
         TEXT.read_text().format(
@@ -213,6 +206,8 @@ def main() -> None:
             machine=f"{machine['processor']}, {machine['cores']} cores",
             comparison=comparison_table(compared) if compared else "No cells yet.",
             effects=effect_table(groups),
+            targets_reached=markdown(target_rows(groups, compared)),
+            zero_shot=zero_shot_table(groups),
             scales=scale_table(),
             methods=method_list({cell["method"] for cell in cells}),
         ),

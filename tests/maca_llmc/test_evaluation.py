@@ -202,9 +202,7 @@ def test_mean_and_standard_error():
         ({"device": "gpu"}, "device 'gpu'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(
-    base, checkpoint, task, tmp_path, settings, match
-):
+def test_settings_that_make_no_sense_are_refused(base, checkpoint, task, tmp_path, settings, match):
     files = {"@task": task, "@long": tmp_path / "long.jsonl"}
     row = {"question": "x" * 600, "choices": ["a", "b"], "answer": 0}
     files["@long"].write_text("\n".join([json.dumps(row)] * 2))

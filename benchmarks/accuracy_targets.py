@@ -1,0 +1,144 @@
+"""What the grid was to reach, held to its cells: every row of the table is computed."""
+
+import statistics
+from collections.abc import Iterable
+
+import numpy as np
+from accuracy_arms import DEFAULT, LENGTHS
+from accuracy_stats import (
+    Cells,
+    kl,
+    mean_and_error,
+    mean_log_kl,
+    pairs_at,
+    ratio_of_means,
+    shared_seeds,
+    zero_shot,
+)
+
+STOCK = "gptq-2048"
+GPTQ = ("gptq-512", "gptq-2048")
+SIGNIFICANT = 0.05
+Groups = dict[tuple[str, str], Cells]
+
+
+def target_rows(groups: Groups, compared: list[dict]) -> list[list[str]]:
+    """A row for each target: what, to reach, measured."""
+    three_bits = {key: cells for key, cells in groups.items() if key[1].startswith("w3")}
+    four_bits = {key: cells for key, cells in groups.items() if key[1].startswith("w4")}
+    return [
+        ["what", "to reach", "measured"],
+        *against_gptq([row for row in compared if row["of"][2] in GPTQ]),
+        *against_single_lengths(groups),
+        *worst_length(three_bits),
+        *against_stock(three_bits, "3 bits", 0.5),
+        *against_stock(four_bits, "4 bits", 0.8),
+        *spread_over_seeds(groups),
+        *zero_shot_gain(three_bits),
+    ]
+
+
+def against_gptq(rows: list[dict]) -> list[list[str]]:
+    """Lower in the mean, significantly, never significantly worse."""
+    lower = sum(row["ratio"] < 1 for row in rows)
+    tested = [row for row in rows if row["p"] is not None]
+    significant = [row for row in tested if row["p"] < SIGNIFICANT]
+    worse = sum(row["ratio"] > 1 for row in significant)
+    seeds = sorted({row["seeds"] for row in rows})
+    return [
+        [
+            "default against GPTQ at 512 and at 2048, by model, scheme and input length",
+            "lower in all; p < 0.05 in two thirds; none significantly worse; 5 seeds",
+            f"lower in {lower} of {len(rows)}; p < 0.05 (Holm) in {len(significant)} of "
+            f"{len(rows)}; {worse} significantly worse; {seeds[0]} to {seeds[-1]} seeds",
+        ]
+    ]
+
+
+def against_single_lengths(groups: Groups) -> list[list[str]]:
+    """Against one fixed length, scales chosen in the same way and not."""
+    rows = []
+    for prefix, words in (("gptq", "min-max scales"), ("hs-gptq", "the same search of scales")):
+        found = []
+        for (model, scheme), cells in groups.items():
+            for length in LENGTHS:
+                method = f"{prefix}-{length}"
+                if ratio := _log_ratio(cells, DEFAULT, method):
+                    found.append((ratio, f"{ratio:.2f} {model} {scheme} at {length}"))
+        rows.append(
+            [
+                f"default against single lengths with {words}, mean over input lengths",
+                "at most 1 against the best",
+                "; ".join(text for _, text in sorted(found, reverse=True)[:4]) + " are the highest"
+                if found
+                else "no cells",
+            ]
+        )
+    return rows
+
+
+def worst_length(groups: Groups) -> list[list[str]]:
+    """KL at the worst input length, over that of GPTQ."""
+    found = []
+    for (model, scheme), cells in groups.items():
+        for method in GPTQ:
+            if seeds := shared_seeds(cells, DEFAULT, method):
+                own, other = (
+                    max(statistics.fmean(kl(cells[m][s], n) for s in seeds) for n in LENGTHS)
+                    for m in (DEFAULT, method)
+                )
+                found.append(f"{own / other:.2f} {model} {scheme} ({method})")
+    return [["worst input length against GPTQ's worst, 3 bits", "at most 0.8", "; ".join(found)]]
+
+
+def against_stock(groups: Groups, bits: str, limit: float) -> list[list[str]]:
+    """Against stock llm-compressor at each input length."""
+    found = []
+    for (model, scheme), cells in groups.items():
+        if shared_seeds(cells, DEFAULT, STOCK):
+            ratios = [ratio_of_means(pairs_at(cells, DEFAULT, STOCK, n)) for n in LENGTHS]
+            found.append(f"{' / '.join(f'{r:.2f}' for r in ratios)} {model} {scheme}")
+    return [[f"default against stock ({STOCK}), {bits}", f"at most {limit}", "; ".join(found)]]
+
+
+def spread_over_seeds(groups: Groups) -> list[list[str]]:
+    """Standard deviation over seeds of the mean KL, against GPTQ's."""
+    found = []
+    for (model, scheme), cells in groups.items():
+        seeds = shared_seeds(cells, DEFAULT, STOCK)
+        if len(seeds) < 3:
+            continue
+        own, other = (
+            statistics.stdev(statistics.fmean(kl(cells[m][s], n) for n in LENGTHS) for s in seeds)
+            for m in (DEFAULT, STOCK)
+        )
+        found.append(f"{own:.3f} / {other:.3f} {model} {scheme} ({len(seeds)} seeds)")
+    words = f"standard deviation of KL over seeds, default / {STOCK}"
+    return [[words, "not larger", "; ".join(found) or "too few seeds"]]
+
+
+def zero_shot_gain(groups: Groups) -> list[list[str]]:
+    """Zero-shot accuracy against stock's, on the same questions."""
+    found = []
+    for (model, scheme), cells in groups.items():
+        seeds = asked(cells, DEFAULT, STOCK)
+        if seeds:
+            own, other = (zero_shot([cells[m][s] for s in seeds]) for m in (DEFAULT, STOCK))
+            gain, error = mean_and_error([a - b for a, b in zip(own, other, strict=True)])
+            found.append(f"{gain:+.1f} ± {error:.1f} {model} {scheme} ({len(seeds)} seeds)")
+    words = f"zero-shot mean over tasks against {STOCK}, 3 bits, points"
+    return [[words, "at least +1", "; ".join(found) or "not measured"]]
+
+
+def asked(cells: Cells, *methods: str) -> list[int]:
+    """Seeds at which all of these methods were asked questions."""
+    seeds = shared_seeds(cells, *methods)
+    return [seed for seed in seeds if all(cells[m][seed].get("tasks") for m in methods)]
+
+
+def _log_ratio(cells: Cells, one: str, other: str) -> float | None:
+    changes: Iterable[float] = [
+        mean_log_kl(cells[one][seed]) - mean_log_kl(cells[other][seed])
+        for seed in shared_seeds(cells, one, other)
+    ]
+    return float(np.exp(np.mean(changes))) if changes else None
