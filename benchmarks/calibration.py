@@ -119,6 +119,15 @@ def cases() -> dict:
                 "fields": {"nested_scales": [128, 256, 512, 1024]},
             },
         },
+        "search": arms([2048] * 8, **embedded, layers=6)
+        | {
+            "ours, scales searched": {
+                **ours,
+                "lengths": [2048] * 8,
+                "layers": 6,
+                "fields": {"hessian_scales": True},
+            },
+        },
         "memory": arms([8192] * 8, **embedded, layers=1)
         | {
             f"ours, {count} x 8192": {**ours, "lengths": [8192] * count, "layers": 1}
@@ -179,7 +188,12 @@ def run_case(name: str, by_arm: dict) -> dict:
             runs[arm].append(run_child(case))
             bar.update()
     bar.close()
-    return {arm: {"case": by_arm[arm], "runs": runs[arm]} for arm in by_arm}
+    return {arm: {"case": described(by_arm[arm]), "runs": runs[arm]} for arm in by_arm}
+
+
+def described(case: dict) -> dict:
+    """A case as the result keeps it: a model's name, not where it lay on this machine."""
+    return {**case, "model": Path(case["model"]).name}
 
 
 def best_square_product() -> dict:
