@@ -1,0 +1,107 @@
+"""Does vLLM do what the doctor says it would? Scheme by scheme, on this machine.
+
+    .venv-serve/bin/python benchmarks/doctor_agreement.py    # writes results/doctor_agreement.json
+
+Makes the checkpoints of ``doctor_cases.py``, and one of them again in 4-bit containers; asks the
+doctor, which loads no weights; then starts the engine on each and sends a request. They agree where
+both refuse, or where the engine answers on the kernels that the doctor named.
+"""
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+from maca_serve import diagnose
+from maca_serve.checkpoint import open_checkpoint
+from maca_serve.engine import Engine
+from maca_serve.errors import EngineError, UserError
+from maca_serve.fit import fit
+from maca_serve.machine import describe_machine, require_vllm, versions
+from maca_serve.repacking import repack
+from maca_serve.verification.checks import NOT_CHECKED, PASS, check_kernel
+from tables import markdown
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "doctor_agreement.json"
+REPACKED = ("w3a16-g64",)
+PROMPT = list(range(100, 140))
+
+
+def make_checkpoints(folder: Path) -> list[Path]:
+    """All cases."""
+    python = ROOT / ".venv" / "bin" / "python"
+    maker = ROOT / "benchmarks" / "doctor_cases.py"
+    subprocess.run([python, maker, folder], check=True)
+    for name in REPACKED:
+        if not (folder / f"{name}-in-4").exists():
+            repack(folder / name, folder / f"{name}-in-4", container=4)
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def predict(folder: Path) -> dict:
+    """The doctor's verdict, kernels and errors."""
+    try:
+        found = diagnose(folder)
+    except UserError as error:
+        return {"verdict": "does not load", "why": str(error), "layers": []}
+    errors = [problem["what"] for problem in found["problems"] if problem["severity"] == "error"]
+    return {"verdict": found["verdict"], "why": "; ".join(errors), "layers": found["layers"]}
+
+
+def serve(folder: Path, layers: list[dict]) -> dict:
+    """What the engine does: how it ended, and its kernels against the predicted ones."""
+    checkpoint = open_checkpoint(folder)
+    try:
+        with Engine(checkpoint, fit(checkpoint, require_vllm())) as engine:
+            engine.client().score([PROMPT], lambda _: None)
+            check = check_kernel(engine.log.read_text().splitlines(), layers)
+            return {"runs": True, "kernel": engine.kernel, "named": check.status, "why": ""}
+    except EngineError as error:
+        return {"runs": False, "kernel": None, "named": NOT_CHECKED, "why": str(error)}
+
+
+def compare(folder: Path) -> dict:
+    """One case."""
+    doctor = predict(folder)
+    engine = serve(folder, doctor["layers"])
+    said = doctor["verdict"] == "loads"
+    kernels = sorted({x["kernel"] for x in doctor["layers"] if x["quantized"] and x["kernel"]})
+    # kernels that are a method's own code are not named in the log: then running is all there is
+    agree = said == engine["runs"] and (not said or engine["named"] in (PASS, NOT_CHECKED))
+    return {
+        "case": folder.name,
+        "doctor": {"verdict": doctor["verdict"], "kernels": kernels, "why": doctor["why"]},
+        "engine": engine,
+        "agree": agree,
+    }
+
+
+def main() -> None:
+    """Compare all, write the result after each, print a table."""
+    found: list[dict] = []
+    content = {"machine": describe_machine(), "versions": versions(), "cases": found}
+    with tempfile.TemporaryDirectory() as name:
+        for case in tqdm(make_checkpoints(Path(name)), desc="engines"):
+            found.append(compare(case))
+            RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    rows = [["checkpoint", "doctor", "its kernels", "engine", "its log's kernels", "agree"]]
+    for case in found:
+        doctor, engine = case["doctor"], case["engine"]
+        rows.append(
+            [
+                case["case"],
+                doctor["verdict"],
+                ", ".join(doctor["kernels"]) or "—",
+                "runs" if engine["runs"] else "refuses",
+                engine["kernel"] or "—",
+                "yes" if case["agree"] else "NO",
+            ]
+        )
+    print(markdown(rows))
+    print(f"{sum(case['agree'] for case in found)} of {len(found)} agree")
+
+
+if __name__ == "__main__":
+    main()
