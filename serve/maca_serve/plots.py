@@ -150,7 +150,7 @@ def tasks_plot(entries: list[Entry]) -> str:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel("score")
 
-    return _single(draw, "tasks", height=1.0 + len(names) * max(0.4, 0.16 * len(entries)))
+    return _single(draw, "tasks", height=1.3 + len(names) * max(0.4, 0.16 * len(entries)))
 
 
 def size_plot(entries: list[Entry]) -> str:
@@ -207,17 +207,13 @@ def _single(
     draw: Callable[[Axes], None], name: str, *, legend: bool = True, height: float = 3.4
 ) -> str:
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.2, height))
+        figure, axes = plt.subplots(figsize=(5.2, height), layout="constrained")
         draw(axes)
         if legend:
+            handles, labels = axes.get_legend_handles_labels()
+            columns = max(1, min(len(labels), 50 // (4 + max(map(len, labels)))))
             # Below the axes, where it hides nothing.
-            figure.legend(
-                *axes.get_legend_handles_labels(),
-                fontsize=8.5,
-                loc="upper center",
-                ncols=3,
-                bbox_to_anchor=(0.5, 0.0),
-            )
+            figure.legend(handles, labels, fontsize=8.5, loc="outside lower center", ncols=columns)
     return to_svg(figure, name)
 
 

@@ -16,8 +16,8 @@ NO_GAIN = "no gain"
 UNDECIDED = "undecided"
 LOST = "not for quality"
 RULES = {
-    LOST: f"the whole interval of recovery lies below {KEPT:g} % at some length, in the mean over"
-    " tasks, or in the mean over lengths of a probe",
+    LOST: f"the whole interval of recovery lies below {KEPT:g} %: of perplexity at some length, or"
+    " of the tasks in the mean",
     UNDECIDED: f"not that, but at some length the interval reaches below {KEPT:g} %: more"
     " `--windows` narrow it",
     USE: f"recovery is {KEPT:g} % or more at every length, the whole interval; it is smaller than"
@@ -25,6 +25,8 @@ RULES = {
     USE_AT.format("N"): "the same, but slower at other numbers of requests in flight",
     MEMORY: "the same recovery; it is smaller, somewhere slower and nowhere faster",
     NO_GAIN: "the same recovery; it is neither smaller nor faster",
+    "watch": f"a probe, whose whole interval lies below {KEPT:g} % in the mean over lengths; it"
+    " does not decide, since the probes are harder than most texts",
 }
 
 
@@ -37,8 +39,8 @@ def judge(base: Entry, entry: Entry) -> dict[str, Any]:
 
     Returns:
         {"verdict", "sentence": with its numbers, "worst_length", "size_percent": of the base's
-        bytes, "speed": {requests in flight: output tokens per second over the base's}, "lost":
-        what lies below KEPT}.
+        bytes, "speed": {requests in flight: output tokens per second over the base's}, "lost" and
+        "watch": what lies below KEPT for sure}.
     """
     percents = entry["recovery"]["perplexity"]
     worst = min(entry["perplexity"], key=lambda length: percents[length])
@@ -47,6 +49,7 @@ def judge(base: Entry, entry: Entry) -> dict[str, Any]:
         "size_percent": 100.0 * entry["size_bytes"] / base["size_bytes"],
         "speed": _speed(base, entry),
         "lost": _lost(entry),
+        "watch": _watch(entry),
     }
     verdict = _verdict(entry, found)
     return {"verdict": verdict, "sentence": _sentence(entry, found), **found}
@@ -103,18 +106,21 @@ def _low(entry: Entry, length: str) -> float:
 
 
 def _lost(entry: Entry) -> list[str]:
-    """What the intervals put below KEPT for sure."""
     kept, intervals = entry["recovery"], entry["recovery"]["intervals"]
     asked = [
         (f"perplexity at {length} tokens", kept["perplexity"][length], interval)
         for length, interval in intervals["perplexity"].items()
         if length != "mean"
     ]
-    asked.append(("tasks", kept["tasks"]["mean"], intervals["tasks"]["mean"]))
-    asked += [
-        (f"the probe {name}", kept["probes"][name]["mean"], by_length["mean"])
-        for name, by_length in intervals["probes"].items()
-    ]
+    return _below([*asked, ("tasks", kept["tasks"]["mean"], intervals["tasks"]["mean"])])
+
+
+def _watch(entry: Entry) -> list[str]:
+    kept, intervals = entry["recovery"]["probes"], entry["recovery"]["intervals"]["probes"]
+    return _below([(name, kept[name]["mean"], intervals[name]["mean"]) for name in kept])
+
+
+def _below(asked: list[tuple[str, float, list[float] | None]]) -> list[str]:
     return [
         f"{what} {_percent(percent, interval)}"
         for what, percent, interval in asked
@@ -125,13 +131,14 @@ def _lost(entry: Entry) -> list[str]:
 def _sentence(entry: Entry, found: dict[str, Any]) -> str:
     kept, intervals = entry["recovery"]["perplexity"], entry["recovery"]["intervals"]["perplexity"]
     worst = found["worst_length"]
-    lost = f" Below {KEPT:g} % for sure: {', '.join(found['lost'])}." if found["lost"] else ""
+    lost = f" Below {KEPT:g} %: {', '.join(found['lost'])}." if found["lost"] else ""
+    watch = f" Watch: {', '.join(found['watch'])}." if found["watch"] else ""
     return (
         f"{entry['name']} ({entry['scheme'].split(',')[0]}) recovers"
         f" {_percent(kept['mean'], intervals['mean'])} of the base's perplexity on average over"
         f" lengths, {_percent(kept[worst], intervals[worst])} at its worst length, {worst} tokens;"
         f" it takes {found['size_percent']:.0f} % of the base's space and is"
-        f" {describe_speed(found['speed'])}.{lost}"
+        f" {describe_speed(found['speed'])}.{lost}{watch}"
     )
 
 
