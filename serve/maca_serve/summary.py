@@ -6,11 +6,12 @@ from typing import Any
 KEPT = 95.0
 # A ratio closer to 1 than this is called neither faster nor slower: short runs scatter as much.
 SAME_SPEED = 0.05
+FASTER, SAME, SLOWER = "faster", "about as fast", "slower"
 
 Entry = dict[str, Any]
 
 USE = "use it"
-USE_AT = "use it with {} in flight"
+USE_AT = "use it with {}"
 MEMORY = "for memory only"
 NO_GAIN = "no gain"
 UNDECIDED = "undecided"
@@ -22,7 +23,7 @@ RULES = {
     " `--windows` narrow it",
     USE: f"recovery is {KEPT:g} % or more at every length, the whole interval; it is smaller than"
     " the base, or faster at some number of requests in flight, and slower at none",
-    USE_AT.format("N"): "the same, but slower at other numbers of requests in flight",
+    USE_AT.format("N in flight"): "the same, but slower at other numbers of requests in flight",
     MEMORY: "the same recovery; it is smaller, somewhere slower and nowhere faster",
     NO_GAIN: "the same recovery; it is neither smaller nor faster",
     "watch": f"a probe, whose whole interval lies below {KEPT:g} % in the mean over lengths; it"
@@ -39,8 +40,8 @@ def judge(base: Entry, entry: Entry) -> dict[str, Any]:
 
     Returns:
         {"verdict", "sentence": with its numbers, "worst_length", "size_percent": of the base's
-        bytes, "speed": {requests in flight: output tokens per second over the base's}, "lost" and
-        "watch": what lies below KEPT for sure}.
+        bytes, "speed": {load: {"ratio": of output tokens per second to the base's, "verdict"}},
+        "lost" and "watch": what lies below KEPT for sure}.
     """
     percents = entry["recovery"]["perplexity"]
     worst = min(entry["perplexity"], key=lambda length: percents[length])
@@ -67,15 +68,16 @@ def headline(results: dict[str, Any]) -> str:
     return f"Against {base['name']} ({base['scheme']}) on {where}"
 
 
-def describe_speed(speed: dict[str, float]) -> str:
-    """Output tokens per second against the base's at every number of requests in flight.
+def describe_speed(speed: dict[str, Any]) -> str:
+    """Output tokens per second against the base's under every load.
 
     Returns:
         E.g. `faster (1.83x) with 1 in flight, slower than the base (0.54x) with 4 in flight`.
     """
+    words = {FASTER: FASTER, SAME: SAME, SLOWER: f"{SLOWER} than the base"}
     return ", ".join(
-        f"{_in_words(ratio)} ({ratio:.2f}x) with {level} in flight"
-        for level, ratio in speed.items()
+        f"{words[found['verdict']]} ({found['ratio']:.2f}x) with {load}"
+        for load, found in speed.items()
     )
 
 
@@ -84,8 +86,8 @@ def _verdict(entry: Entry, found: dict[str, Any]) -> str:
         return LOST
     if any(_low(entry, length) < KEPT for length in entry["perplexity"]):
         return UNDECIDED
-    faster = [level for level, ratio in found["speed"].items() if ratio > 1 + SAME_SPEED]
-    slower = any(ratio < 1 - SAME_SPEED for ratio in found["speed"].values())
+    faster = [load for load, speed in found["speed"].items() if speed["verdict"] == FASTER]
+    slower = any(speed["verdict"] == SLOWER for speed in found["speed"].values())
     smaller = found["size_percent"] < 100.0
     if not smaller and not faster:
         return NO_GAIN
@@ -94,11 +96,13 @@ def _verdict(entry: Entry, found: dict[str, Any]) -> str:
     return USE_AT.format(" or ".join(faster)) if faster else MEMORY
 
 
-def _speed(base: Entry, entry: Entry) -> dict[str, float]:
-    return {
-        level: run["output_tokens_per_s"] / base["throughput"][level]["output_tokens_per_s"]
+def _speed(base: Entry, entry: Entry) -> dict[str, Any]:
+    ratios = {
+        f"{level} in flight": run["output_tokens_per_s"]
+        / base["throughput"][level]["output_tokens_per_s"]
         for level, run in entry["throughput"].items()
     }
+    return {load: {"ratio": ratio, "verdict": _in_words(ratio)} for load, ratio in ratios.items()}
 
 
 def _low(entry: Entry, length: str) -> float:
@@ -150,5 +154,5 @@ def _percent(value: float, interval: list[float] | None) -> str:
 
 def _in_words(ratio: float) -> str:
     if ratio < 1 - SAME_SPEED:
-        return "slower than the base"
-    return "faster" if ratio > 1 + SAME_SPEED else "about as fast"
+        return SLOWER
+    return FASTER if ratio > 1 + SAME_SPEED else SAME

@@ -71,7 +71,10 @@ def test_the_sentence_has_the_numbers():
     found = verdict(kept=80.0, speed=(1.83, 0.54), spread=[0.0] * 5)
     assert found["worst_length"] == "64"
     assert found["size_percent"] == 25.0
-    assert found["speed"] == pytest.approx({"1": 1.83, "4": 0.54})
+    assert found["speed"] == {
+        "1 in flight": {"ratio": pytest.approx(1.83), "verdict": "faster"},
+        "4 in flight": {"ratio": pytest.approx(0.54), "verdict": "slower"},
+    }
     assert found["sentence"].startswith(
         "w4 (W4A16 int) recovers 84.7 % (84.7 to 84.7) of the base's perplexity on average over"
         " lengths, 80.0 % (80.0 to 80.0) at its worst length, 64 tokens; it takes 25 % of the"
