@@ -1,7 +1,7 @@
 """Everything that accuracy needs, prepared and checked before any engine starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,17 @@ from maca_serve.checkpoint import Checkpoint
 from maca_serve.client import Client
 from maca_serve.corpus import Corpus, Tokens, load_tokenizer, read_corpus, tokenize
 from maca_serve.errors import UserError
-from maca_serve.harness import Harness, open_harness
+from maca_serve.harness import USUAL, USUAL_TASKS, Harness, open_harness
 from maca_serve.perplexity import Inputs, count_tokens, score_perplexity, window_inputs
+from maca_serve.probes import (
+    COPY,
+    NEEDLE,
+    Probes,
+    count_probe_tokens,
+    depths,
+    make_probes,
+    score_probes,
+)
 from maca_serve.settings import AccuracySettings
 from maca_serve.tasks import (
     CONTINUATION,
@@ -19,7 +28,9 @@ from maca_serve.tasks import (
     read_questions,
     score_questions,
 )
-from maca_serve.windows import TARGETS, check_lengths
+from maca_serve.windows import TARGETS, resolve_lengths
+
+OWN = (CONTINUATION, NEEDLE, COPY)
 
 
 @dataclass(frozen=True)
@@ -27,42 +38,50 @@ class AccuracyPlan:
     """The same token ids for every checkpoint.
 
     Attributes:
-        settings: as asked.
+        settings: as asked, the lengths as numbers.
         corpus: the evaluation text.
+        prefix: special tokens that the tokenizer puts before every prompt.
         inputs: perplexity windows by length.
         questions: local multiple-choice tasks by name.
+        probes: needle and copy prompts by name and length.
         harness: lm-eval tasks, or None.
     """
 
     settings: AccuracySettings
     corpus: Corpus
+    prefix: list[int]
     inputs: Inputs
     questions: dict[str, list[Question]]
+    probes: dict[str, Probes]
     harness: Harness | None
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens of one checkpoint's windows and questions."""
+        """Prompt tokens of one checkpoint's windows, questions and probes."""
         prompts = [p for task in self.questions.values() for q in task for p in q.prompts]
-        return count_tokens(self.inputs) + sum(map(len, prompts))
+        probes = sum(map(count_probe_tokens, self.probes.values()))
+        return count_tokens(self.inputs) + sum(map(len, prompts)) + probes
 
     @property
     def longest(self) -> int:
         """Tokens of the longest request: its prompt, and one of output."""
         prompts = [p for task in self.questions.values() for q in task for p in q.prompts]
-        return 1 + max(self.settings.lengths[-1], *map(len, prompts), 0)
+        return 1 + max(*self.inputs, *map(len, prompts))
 
     def describe(self) -> dict[str, Any]:
         """The settings as they go into results."""
         return {
             "text": str(self.corpus.path),
             "text_sha256": self.corpus.sha256,
-            "lengths": list(self.settings.lengths),
+            "lengths": list(self.inputs),
             "windows": self.settings.windows,
             "targets_per_window": TARGETS,
             "tasks": list(self.settings.tasks),
             "limit": self.settings.limit,
             "seed": self.settings.seed,
+            "special_tokens": self.prefix,
+            "chat_template": None,
+            "needle_depths": depths(self.settings.windows) if NEEDLE in self.probes else None,
         }
 
     def score(
@@ -77,17 +96,26 @@ class AccuracyPlan:
             advance: called with the prompt tokens of each finished request.
 
         Returns:
-            {"perplexity": by length, "tasks": by name}.
+            {"perplexity": by length, "tasks": by name, "probes": by name and length}.
         """
         perplexity = score_perplexity(client, self.inputs, advance)
         tasks: dict[str, Any] = {
             name: score_questions(client, questions, advance)
             for name, questions in self.questions.items()
         }
+        probes = {
+            name: score_probes(client, prompts, advance) for name, prompts in self.probes.items()
+        }
         if self.harness is not None:
-            limit, seed = self.settings.limit, self.settings.seed
-            tasks |= self.harness.score(checkpoint, url, limit, seed)
-        return {"perplexity": perplexity, "tasks": tasks}
+            tasks |= self.harness.score(
+                checkpoint,
+                client,
+                url,
+                limit=self.settings.limit,
+                seed=self.settings.seed,
+                special_tokens=bool(self.prefix),
+            )
+        return {"perplexity": perplexity, "tasks": tasks, "probes": probes}
 
 
 def plan_accuracy(settings: AccuracySettings, checkpoints: list[Checkpoint]) -> AccuracyPlan:
@@ -102,13 +130,15 @@ def plan_accuracy(settings: AccuracySettings, checkpoints: list[Checkpoint]) -> 
             whose tokenizers disagree.
     """
     contexts = [checkpoint.context for checkpoint in checkpoints if checkpoint.context]
-    check_lengths(settings.lengths, min(contexts, default=None))
+    context = min(contexts, default=None)
+    lengths = resolve_lengths(settings.lengths, context)
+    settings = replace(settings, lengths=lengths)
     corpus = read_corpus(settings.text)
     files, named = _sort_tasks(settings.tasks)
     first = checkpoints[0]
     tokenizer = load_tokenizer(first.path)
     tokens = tokenize(tokenizer, corpus)
-    inputs = window_inputs(tokens, settings.lengths, settings.windows)
+    inputs = window_inputs(tokens, lengths, settings.windows)
     for other in checkpoints[1:]:
         _require_same_tokens(first, tokens, other, corpus)
     limit, seed = settings.limit, settings.seed
@@ -117,23 +147,35 @@ def plan_accuracy(settings: AccuracySettings, checkpoints: list[Checkpoint]) -> 
         questions[CONTINUATION] = make_continuations(tokens, tokenizer, limit, seed)
     for path in files:
         questions[path.stem] = read_questions(path, tokenizer, limit, seed)
+    probes = {
+        kind: make_probes(kind, tokens, tokenizer, lengths, settings.windows, seed)
+        for kind in (NEEDLE, COPY)
+        if kind in settings.tasks
+    }
     harness = open_harness(named) if named else None
-    plan = AccuracyPlan(settings, corpus, inputs, questions, harness)
-    _require_questions_fit(plan, min(contexts, default=None))
+    plan = AccuracyPlan(settings, corpus, tokens.prefix, inputs, questions, probes, harness)
+    _require_questions_fit(plan, context)
     return plan
 
 
 def _sort_tasks(tasks: tuple[str, ...]) -> tuple[list[Path], list[str]]:
     """Files, and names for lm-eval."""
     files = [Path(name) for name in tasks if Path(name).is_file()]
-    named = [name for name in tasks if not Path(name).is_file() and name != CONTINUATION]
+    named = [
+        task
+        for name in tasks
+        if not Path(name).is_file() and name not in OWN
+        for task in (USUAL_TASKS if name == USUAL else (name,))
+    ]
     for name in named:
         if name.endswith(".jsonl") or "/" in name:
             raise UserError(f"--tasks: {name}: no such file")
     titles = [path.stem for path in files] + named
     for title in titles:
-        if titles.count(title) > 1 or title in (CONTINUATION, "mean"):
-            raise UserError(f"--tasks: the name {title!r} is taken; rename the file")
+        if titles.count(title) > 1 or title in (*OWN, "mean"):
+            raise UserError(
+                f"--tasks: the name {title!r} is taken; rename the file, or ask for it once"
+            )
     return files, named
 
 

@@ -41,11 +41,16 @@ Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Checkpoin
 Text = Annotated[
     Path | None, typer.Option(help=".txt or .jsonl (`text`); the package's sample by default.")
 ]
-Lengths = Annotated[str, typer.Option(help="Input lengths in tokens, increasing.")]
+Lengths = Annotated[
+    str, typer.Option(help="Input lengths in tokens, increasing; `context` is the model's.")
+]
 Windows = Annotated[int, typer.Option(help="Target blocks of 32 tokens, same at every length.")]
 Tasks = Annotated[
     list[str],
-    typer.Option(help="JSONL files, `continuation` or lm-eval names; commas, or repeat it."),
+    typer.Option(
+        help="JSONL files, `continuation`, `needle`, `copy`, lm-eval names, or `usual` for eight of"
+        " them; commas, or repeat it."
+    ),
 ]
 Limit = Annotated[int, typer.Option(help="At most this many questions of each task.")]
 Concurrency = Annotated[str, typer.Option(help="Requests in flight, one run for each.")]
@@ -103,7 +108,7 @@ def accuracy(
     results = measure.accuracy(
         folders,
         text=text,
-        lengths=_numbers("--lengths", lengths),
+        lengths=_lengths(lengths),
         windows=windows,
         tasks=_split_tasks(tasks),
         limit=limit,
@@ -165,7 +170,7 @@ def compare(
         base,
         folders,
         text=text,
-        lengths=_numbers("--lengths", lengths),
+        lengths=_lengths(lengths),
         windows=windows,
         tasks=_split_tasks(tasks),
         limit=limit,
@@ -291,6 +296,9 @@ def _show(results: dict[str, Any], path: Path | None) -> None:
     for table in result_tables(results):
         out.print(table)
         out.print()
+    for entry in results["checkpoints"]:
+        if "verdict" in entry:
+            _say(f"{entry['verdict']['verdict']}: {entry['verdict']['sentence']}")
     if path is not None:
         _say(f"results: {path}")
 
@@ -307,6 +315,12 @@ def _split_tasks(values: list[str]) -> list[str]:
     """Commas separate, but a file whose name holds one is a file."""
     parts = [[value] if Path(value).is_file() else value.split(",") for value in values]
     return [part.strip() for group in parts for part in group if part.strip()]
+
+
+def _lengths(value: str) -> list[int | str]:
+    """Numbers where they are some; what else may stand there is known to whoever uses them."""
+    parts = [part.strip() for part in value.split(",")]
+    return [int(part) if part.removeprefix("-").isdecimal() else part for part in parts]
 
 
 def _numbers(option: str, value: str) -> list[int]:

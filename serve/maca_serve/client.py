@@ -112,6 +112,18 @@ class Client:
             advance(sum(map(len, batch)))
         return scored
 
+    def max_length(self) -> int:
+        """Tokens of prompt and output together that the engine takes at most.
+
+        Raises:
+            RequestError: unanswered, or an answer without it.
+        """
+        answer = self._read(lambda: self._http.get("/v1/models"))
+        try:
+            return int(answer["data"][0]["max_model_len"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise RequestError("vLLM does not say its max_model_len at /v1/models") from error
+
     def _choices(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """One for each prompt of the request, in its order."""
         choices = sorted(self._post(body)["choices"], key=lambda choice: choice["index"])
@@ -120,8 +132,11 @@ class Client:
         return choices
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self._read(lambda: self._http.post("/v1/completions", json=body))
+
+    def _read(self, send: Callable[[], httpx.Response]) -> dict[str, Any]:
         try:
-            answer = self._http.post("/v1/completions", json=body)
+            answer = send()
         except httpx.HTTPError as error:
             raise RequestError(f"vLLM did not answer: {error or type(error).__name__}") from error
         if answer.status_code != 200:

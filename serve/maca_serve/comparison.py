@@ -8,7 +8,7 @@ from maca_serve.accuracy_plan import plan_accuracy
 from maca_serve.checkpoint import open_all, require_quantized
 from maca_serve.machine import require_vllm
 from maca_serve.measure import measure
-from maca_serve.recovery import recovery
+from maca_serve.recovery import describe_intervals, recovery
 from maca_serve.report import render_report
 from maca_serve.results import check_output, write_json, write_text
 from maca_serve.settings import (
@@ -21,6 +21,7 @@ from maca_serve.settings import (
     AccuracySettings,
     SpeedSettings,
 )
+from maca_serve.summary import judge, rules
 from maca_serve.tasks import CONTINUATION
 
 OUTPUT = Path("runs/compare")
@@ -33,7 +34,7 @@ def compare(
     paths: Sequence[str | Path],
     *,
     text: str | Path | None = None,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int | str] = LENGTHS,
     windows: int = WINDOWS,
     tasks: Sequence[str] = (CONTINUATION,),
     limit: int = LIMIT,
@@ -50,9 +51,9 @@ def compare(
         base: the unquantized model's folder; 100 percent of recovery.
         paths: quantized checkpoint folders.
         text: see `accuracy`, as are lengths, windows, tasks and limit.
-        lengths: increasing input lengths in tokens.
+        lengths: increasing input lengths in tokens; `context` is the model's.
         windows: target blocks of 32 tokens.
-        tasks: JSONL files, `continuation`, lm-eval task names.
+        tasks: JSONL files, `continuation`, `needle`, `copy`, lm-eval task names, `usual`.
         limit: at most this many questions of each task.
         concurrency: see `throughput`, as are input_len, output_len and prompts.
         input_len: random prompt tokens of a request.
@@ -82,6 +83,9 @@ def compare(
     first = results["checkpoints"][0]
     for entry in results["checkpoints"]:
         entry["recovery"] = recovery(first, entry)
+    for entry in results["checkpoints"][1:]:
+        entry["verdict"] = judge(first, entry)
+    results["settings"] |= {"intervals": describe_intervals(), "rules": rules()}
     report = render_report(results, checkpoints)
     write_json(Path(output) / RESULTS, results)
     write_text(Path(output) / REPORT, report)

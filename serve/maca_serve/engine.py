@@ -15,7 +15,7 @@ import httpx
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.client import Client
 from maca_serve.console import progress
-from maca_serve.enginelog import find_cause, find_kernels, last_message, tail
+from maca_serve.enginelog import find_cause, find_dtype, find_kernels, last_message, tail
 from maca_serve.errors import EngineError, RequestError, UserError
 from maca_serve.fit import Fit
 from maca_serve.process import start_group, stop_group
@@ -83,6 +83,11 @@ class Engine:
         if self.checkpoint.quantized:
             return "not named in vLLM's log"
         return f"none ({describe_dtype(self.checkpoint.config)})"
+
+    @property
+    def dtype(self) -> str | None:
+        """What it computes in (`bfloat16`), None where its log does not say."""
+        return find_dtype(self._lines())
 
     def client(self) -> Client:
         """A client for its completions."""

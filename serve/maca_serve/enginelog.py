@@ -9,6 +9,7 @@ _KERNEL = re.compile(
     r"(?:\w*(?:CompressedTensors|LinearMethod)\w*|mixed-precision linear|MXFP\d GEMM|NVFP4 GEMM)"
 )
 _WEIGHTS = re.compile(r"Model loading took (?P<gib>[\d.]+) GiB")
+_DTYPE = re.compile(r"Initializing a V1 LLM engine .*?\bdtype=torch\.(?P<dtype>\w+)")
 _PREFIX = re.compile(r"^\([\w\- ]+pid=\d+\) (?:(?:ERROR|INFO|WARNING) [\d\- :]+\[[^]]+\] ?)?")
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<type>\w+(?:Error|Exception)): (?P<message>.+)")
 # A child that was killed, for instance by the kernel for want of memory, has no exception.
@@ -33,6 +34,12 @@ def find_weights_memory(lines: list[str]) -> int | None:
     """
     found = (_WEIGHTS.search(line) for line in lines)
     return next((round(float(match["gib"]) * 1024**3) for match in found if match), None)
+
+
+def find_dtype(lines: list[str]) -> str | None:
+    """The dtype that the engine computes in, e.g. `bfloat16`, None where the log does not say."""
+    found = (_DTYPE.search(line) for line in lines)
+    return next((match["dtype"] for match in found if match), None)
 
 
 def find_cause(lines: list[str]) -> str | None:

@@ -42,7 +42,16 @@ def require_vllm() -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of what takes part in a measurement; None for what is not installed."""
-    names = ("maca-llmc-serve", "vllm", "torch", "transformers", "compressed-tensors", "lm_eval")
+    names = (
+        "maca-llmc-serve",
+        "vllm",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "compressed-tensors",
+        "lm_eval",
+        "scipy",
+    )
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
 

@@ -32,7 +32,7 @@ def accuracy(
     paths: Sequence[str | Path],
     *,
     text: str | Path | None = None,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int | str] = LENGTHS,
     windows: int = WINDOWS,
     tasks: Sequence[str] = (CONTINUATION,),
     limit: int = LIMIT,
@@ -44,9 +44,10 @@ def accuracy(
     Args:
         paths: checkpoint folders, quantized or not.
         text: .txt or .jsonl (`text`); the package's English sample when None.
-        lengths: increasing input lengths in tokens.
+        lengths: increasing input lengths in tokens; `context` is the model's.
         windows: target blocks of 32 tokens, the same under every length.
-        tasks: JSONL files (`question`, `choices`, `answer`), `continuation`, lm-eval task names.
+        tasks: JSONL files (`question`, `choices`, `answer`), `continuation`, `needle`, `copy`,
+            lm-eval task names, `usual` for eight of them.
         limit: at most this many questions of each task.
         names: what results call the checkpoints; their folders' names when None.
         output: a JSON file to write.
@@ -152,6 +153,7 @@ def _measure_one(
         "path": str(checkpoint.path),
         "scheme": checkpoint.scheme,
         "kernel": engine.kernel,
+        "dtype": engine.dtype,
         "size_bytes": checkpoint.size_bytes,
         "seconds": {"start": round(engine.start_seconds, 1)},
     }

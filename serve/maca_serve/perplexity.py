@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from maca_serve.client import Client
 from maca_serve.corpus import Tokens
@@ -40,7 +41,7 @@ def window_inputs(tokens: Tokens, lengths: tuple[int, ...], windows: int) -> Inp
 
 def score_perplexity(
     client: Client, inputs: Inputs, advance: Callable[[int], None]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Perplexity for each length, with standard errors over windows.
 
     Args:
@@ -49,7 +50,8 @@ def score_perplexity(
         advance: called with the tokens of each finished request.
 
     Returns:
-        {length: {"ppl", "stderr", "nll", "nll_stderr"}}, lengths as strings for JSON.
+        {length: {"ppl", "stderr", "nll", "nll_stderr", "losses"}}, lengths as strings for JSON;
+        the losses are in nats per token, one for each window.
 
     Raises:
         RequestError: the engine failed.

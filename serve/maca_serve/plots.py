@@ -15,9 +15,20 @@ from matplotlib.figure import Figure
 from maca_serve.recovery import headline
 
 Entry = dict[str, Any]
+# Text, ticks and axes take the colour of the text around the plot, light or dark.
+INK = "#1d1d1f"
+GRID = "#e4e4e4"
 # Okabe and Ito's colours, told apart also by the colour-blind; grey for the base.
 BASE_COLOUR = "#666666"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "os^DvP"
+# The page sets these variables for light and dark; a picture by itself has the colours above.
+ADAPTIVE = {
+    INK: "currentColor",
+    GRID: f"var(--grid, {GRID})",
+    BASE_COLOUR: f"var(--base, {BASE_COLOUR})",
+    **{plain: f"var(--series-{i}, {plain})" for i, plain in enumerate(COLOURS, start=1)},
+}
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -26,7 +37,13 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e4e4e4",
+    "grid.color": GRID,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
@@ -37,6 +54,11 @@ def colour(index: int) -> str:
     return BASE_COLOUR if index == 0 else COLOURS[(index - 1) % len(COLOURS)]
 
 
+def marker(index: int) -> str:
+    """Marker of the checkpoint at this place: colours alone do not tell everyone."""
+    return "o" if index == 0 else MARKERS[index % len(MARKERS)]
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """A figure as an `<svg>` element whose ids are its own on a page with others."""
     buffer = io.StringIO()
@@ -44,6 +66,8 @@ def to_svg(figure: Figure, name: str) -> str:
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     text = buffer.getvalue()
+    for plain, adaptive in ADAPTIVE.items():
+        text = text.replace(f": {plain}", f": {adaptive}")
     # Without the XML prologue; the page says what the picture shows.
     return text[text.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
 
@@ -54,14 +78,12 @@ def perplexity_plot(entries: list[Entry]) -> str:
     def draw(axes: Axes) -> None:
         for index, entry in enumerate(entries):
             points = entry["perplexity"].values()
-            axes.errorbar(
-                _lengths(entry),
+            _line(
+                axes,
+                entries,
+                index,
                 [point["ppl"] for point in points],
-                yerr=[point["stderr"] for point in points],
-                marker="o",
-                capsize=3,
-                color=colour(index),
-                label=entry["name"],
+                [point["stderr"] for point in points],
             )
         axes.set_ylabel("perplexity (lower is better)")
         _length_axis(axes, entries[0])
@@ -69,18 +91,42 @@ def perplexity_plot(entries: list[Entry]) -> str:
     return _single(draw, "perplexity")
 
 
-def recovery_plot(entries: list[Entry]) -> str:
-    """Recovery of perplexity by input length, in percent of the base."""
+def recovery_plot(entries: list[Entry], threshold: float) -> str:
+    """Recovery of perplexity by input length, in percent of the base, with its intervals."""
 
     def draw(axes: Axes) -> None:
         axes.axhline(100, color=BASE_COLOUR, linestyle="--", label=entries[0]["name"])
+        axes.axhline(threshold, color=INK, linestyle=":", linewidth=1, label=f"{threshold:g} %")
         for index, entry in enumerate(entries[1:], start=1):
-            kept = [entry["recovery"]["perplexity"][str(length)] for length in _lengths(entry)]
-            axes.plot(_lengths(entry), kept, marker="o", color=colour(index), label=entry["name"])
+            kept, intervals = entry["recovery"], entry["recovery"]["intervals"]
+            lengths = [str(length) for length in _lengths(entry)]
+            values = [kept["perplexity"][length] for length in lengths]
+            errors = _errors(values, [intervals["perplexity"][length] for length in lengths])
+            _line(axes, entries, index, values, errors)
         axes.set_ylabel("perplexity recovery, % of base")
         _length_axis(axes, entries[0])
 
     return _single(draw, "recovery")
+
+
+def probe_plot(entries: list[Entry], name: str) -> str:
+    """A probe's mean log-probability against input length, with one standard error either way."""
+
+    def draw(axes: Axes) -> None:
+        for index, entry in enumerate(entries):
+            points = entry["probes"][name].values()
+            _line(
+                axes,
+                entries,
+                index,
+                [point["logprob"] for point in points],
+                [point["logprob_stderr"] for point in points],
+            )
+        axes.set_ylabel("log-probability per token, nats")
+        axes.set_title(f"{name} (higher is better)", fontsize=9.5)
+        _length_axis(axes, entries[0])
+
+    return _single(draw, f"probe {name}")
 
 
 def tasks_plot(entries: list[Entry]) -> str:
@@ -90,13 +136,21 @@ def tasks_plot(entries: list[Entry]) -> str:
     def draw(axes: Axes) -> None:
         for index, entry in enumerate(entries):
             scores = [headline(entry["tasks"][name]) for name in names]
-            errors = [error or 0.0 for _, error in scores]
-            _bars(axes, entries, index, [score for score, _ in scores], errors)
-        axes.set_xticks(range(len(names)), names)
-        axes.set_ylabel("score (higher is better)")
-        axes.margins(y=0.35)  # room for the legend
+            axes.errorbar(
+                [score for score, _ in scores],
+                [place + _offset(entries, index) for place in range(len(names))],
+                xerr=[error or 0.0 for _, error in scores],
+                linestyle="none",
+                marker=marker(index),
+                capsize=3,
+                color=colour(index),
+                label=entry["name"],
+            )
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel("score")
 
-    return _single(draw, "tasks")
+    return _single(draw, "tasks", height=1.3 + len(names) * max(0.4, 0.16 * len(entries)))
 
 
 def size_plot(entries: list[Entry]) -> str:
@@ -153,11 +207,42 @@ def _single(
     draw: Callable[[Axes], None], name: str, *, legend: bool = True, height: float = 3.4
 ) -> str:
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.2, height))
+        figure, axes = plt.subplots(figsize=(5.2, height), layout="constrained")
         draw(axes)
         if legend:
-            axes.legend(fontsize=8.5)
+            handles, labels = axes.get_legend_handles_labels()
+            columns = max(1, min(len(labels), 50 // (4 + max(map(len, labels)))))
+            # Below the axes, where it hides nothing.
+            figure.legend(handles, labels, fontsize=8.5, loc="outside lower center", ncols=columns)
     return to_svg(figure, name)
+
+
+def _line(axes: Axes, entries: list[Entry], index: int, values: list[float], errors: Any) -> None:
+    # Moved apart a little, so that error bars do not hide each other.
+    lengths = [length * 2 ** (0.15 * _offset(entries, index)) for length in _lengths(entries[0])]
+    axes.errorbar(
+        lengths,
+        values,
+        yerr=errors,
+        marker=marker(index),
+        capsize=3,
+        color=colour(index),
+        label=entries[index]["name"],
+    )
+
+
+def _errors(values: list[float], intervals: list[list[float]]) -> list[list[float]]:
+    """Distances below and above, as matplotlib takes them."""
+    pairs = list(zip(values, intervals, strict=True))
+    return [
+        [value - low for value, (low, _) in pairs],
+        [high - value for value, (_, high) in pairs],
+    ]
+
+
+def _offset(entries: list[Entry], index: int) -> float:
+    """A place between -0.4 and 0.4."""
+    return 0.8 * ((index + 0.5) / len(entries) - 0.5)
 
 
 def _bars(
@@ -165,12 +250,11 @@ def _bars(
     entries: list[Entry],
     index: int,
     values: list[float],
-    errors: list[float] | None = None,
 ) -> None:
     width = 0.8 / len(entries)
-    places = [x - 0.4 + (index + 0.5) * width for x in range(len(values))]
+    places = [x + _offset(entries, index) for x in range(len(values))]
     label = entries[index]["name"]
-    axes.bar(places, values, width, yerr=errors, capsize=2, color=colour(index), label=label)
+    axes.bar(places, values, width, color=colour(index), label=label)
     axes.grid(axis="x", visible=False)
 
 

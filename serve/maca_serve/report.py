@@ -1,28 +1,31 @@
 """One self-contained HTML page: tables and plots inline, nothing fetched from anywhere."""
 
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.inspection import NOTABLE_RATIO, diagonal_views, losses_plot, run_rows
 from maca_serve.plots import (
     perplexity_plot,
+    probe_plot,
     recovery_plot,
     size_plot,
     speed_plot,
     tasks_plot,
 )
 from maca_serve.recovery import headline
-from maca_serve.summary import summarize
+from maca_serve.summary import headline as first_line
 
 
 def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str:
     """Render a comparison.
 
     Args:
-        results: as in results.json: the base first, with accuracy, throughput and recovery.
+        results: as in results.json: the base first, with accuracy, throughput, recovery and
+            verdicts.
         checkpoints: the same checkpoints, for what their folders say about how they were made.
 
     Returns:
@@ -35,24 +38,45 @@ def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["headline"] = headline
+    environment.globals |= {"headline": headline, "number": partial(number, results)}
     entries = results["checkpoints"]
     return environment.get_template("report.html.j2").render(
         results=results,
         entries=entries,
         base=entries[0],
-        summary=summarize(results),
-        plots={name: Markup(svg) for name, svg in _plots(entries).items()},
+        first_line=first_line(results),
+        plots={name: Markup(svg) for name, svg in _plots(results).items()},
+        probe_plots=[Markup(probe_plot(entries, name)) for name in entries[0]["probes"]],
         inspections=[_inspect(checkpoint) for checkpoint in checkpoints],
         losses=_markup(losses_plot(checkpoints)),
         notable_ratio=NOTABLE_RATIO,
     )
 
 
-def _plots(entries: list[dict[str, Any]]) -> dict[str, str]:
+def number(results: dict[str, Any], form: str, *keys: str | int) -> Markup:
+    """A number of results.json as text that knows where it stands there.
+
+    Args:
+        results: as in results.json.
+        form: of one number, such as `%.2f`, or of several, for a list.
+        keys: the way to it. The element's `data-key` is that as a JSON pointer (RFC 6901).
+
+    Returns:
+        The element; a dash for null.
+    """
+    value: Any = results
+    for key in keys:
+        value = value[key]
+    text = "–" if value is None else form % (tuple(value) if isinstance(value, list) else value)
+    steps = [str(key).replace("~", "~0").replace("/", "~1") for key in keys]
+    return Markup('<span data-key="/{}">{}</span>').format(escape("/".join(steps)), text)
+
+
+def _plots(results: dict[str, Any]) -> dict[str, str]:
+    entries = results["checkpoints"]
     plots = {
         "perplexity": perplexity_plot(entries),
-        "recovery": recovery_plot(entries),
+        "recovery": recovery_plot(entries, results["settings"]["rules"]["kept_percent"]),
         "speed": speed_plot(entries),
         "size": size_plot(entries),
     }

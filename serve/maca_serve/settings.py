@@ -24,15 +24,15 @@ class AccuracySettings:
 
     Attributes:
         text: evaluation text, .txt or .jsonl; the package's sample when None.
-        lengths: increasing input lengths in tokens.
+        lengths: increasing input lengths in tokens; `context` is the model's.
         windows: target blocks of 32 tokens, the same under every length.
-        tasks: JSONL files, `continuation`, or lm-eval task names.
+        tasks: JSONL files, `continuation`, `needle`, `copy`, `usual`, or lm-eval task names.
         limit: at most this many questions of each task.
         seed: of draws of questions and wrong choices.
     """
 
     text: Path | None = None
-    lengths: tuple[int, ...] = LENGTHS
+    lengths: tuple[int | str, ...] = LENGTHS
     windows: int = WINDOWS
     tasks: tuple[str, ...] = (CONTINUATION,)
     limit: int = LIMIT

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -12,11 +13,20 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / n)
 
 
-def perplexity(losses: Sequence[float]) -> dict[str, float]:
+def perplexity(losses: Sequence[float]) -> dict[str, Any]:
     """Perplexity of windows from each window's mean negative log-likelihood per token, in nats.
 
     The error of exp(m) follows by the delta method: exp(m) times the error of m.
+
+    Returns:
+        {"ppl", "stderr", "nll", "nll_stderr", "losses": as given}.
     """
     nll, error = mean_and_error(losses)
     ppl = math.exp(nll)
-    return {"ppl": ppl, "stderr": ppl * error, "nll": nll, "nll_stderr": error}
+    return {
+        "ppl": ppl,
+        "stderr": ppl * error,
+        "nll": nll,
+        "nll_stderr": error,
+        "losses": list(losses),
+    }

@@ -1,48 +1,158 @@
-"""The report's first sentence: what a checkpoint costs in quality and gives in speed and size."""
+"""The report's first screen: use a checkpoint or not, by stated rules, with the numbers."""
 
 from typing import Any
 
+# Percent of the base that must be left, at every length.
+KEPT = 95.0
 # A ratio closer to 1 than this is called neither faster nor slower: short runs scatter as much.
 SAME_SPEED = 0.05
+FASTER, SAME, SLOWER = "faster", "about as fast", "slower"
+
+Entry = dict[str, Any]
+
+USE = "use it"
+USE_AT = "use it with {}"
+MEMORY = "for memory only"
+NO_GAIN = "no gain"
+UNDECIDED = "undecided"
+LOST = "not for quality"
+RULES = {
+    LOST: f"the whole interval of recovery lies below {KEPT:g} %: of perplexity at some length, or"
+    " of the tasks in the mean",
+    UNDECIDED: f"not that, but at some length the interval reaches below {KEPT:g} %: more"
+    " `--windows` narrow it",
+    USE: f"recovery is {KEPT:g} % or more at every length, the whole interval; it is smaller than"
+    " the base, or faster at some number of requests in flight, and slower at none",
+    USE_AT.format("N in flight"): "the same, but slower at other numbers of requests in flight",
+    MEMORY: "the same recovery; it is smaller, somewhere slower and nowhere faster",
+    NO_GAIN: "the same recovery; it is neither smaller nor faster",
+    "watch": f"a probe, whose whole interval lies below {KEPT:g} % in the mean over lengths; it"
+    " does not decide, since the probes are harder than most texts",
+}
 
 
-def summarize(results: dict[str, Any]) -> str:
-    """One sentence with each checkpoint's recovery, speed and size against the base.
+def judge(base: Entry, entry: Entry) -> dict[str, Any]:
+    """Say whether to use a checkpoint, by RULES.
 
     Args:
-        results: as in results.json.
-    """
-    base, *others = results["checkpoints"]
-    machine = results["machine"]
-    where = " and ".join(machine["gpus"]) or f"{machine['cpu']} ({machine['cores']} cores)"
-    clauses = "; ".join(_clause(base, other) for other in others)
-    return f"Against {base['name']} ({base['scheme']}) on {where}: {clauses}."
-
-
-def describe_speed(base: dict[str, Any], entry: dict[str, Any]) -> str:
-    """Output tokens per second against the base's at every number of requests in flight.
+        base: results of the base.
+        entry: results of this one, with its recovery.
 
     Returns:
-        E.g. `is faster (1.83x) with 1 in flight, slower than the base (0.54x) with 4 in flight`.
+        {"verdict", "sentence": with its numbers, "worst_length", "size_percent": of the base's
+        bytes, "speed": {load: {"ratio": of output tokens per second to the base's, "verdict"}},
+        "lost" and "watch": what lies below KEPT for sure}.
     """
-    parts = []
-    for level, run in entry["throughput"].items():
-        ratio = run["output_tokens_per_s"] / base["throughput"][level]["output_tokens_per_s"]
-        parts.append(f"{_in_words(ratio)} ({ratio:.2f}x) with {level} in flight")
-    return "is " + ", ".join(parts)
+    percents = entry["recovery"]["perplexity"]
+    worst = min(entry["perplexity"], key=lambda length: percents[length])
+    found = {
+        "worst_length": worst,
+        "size_percent": 100.0 * entry["size_bytes"] / base["size_bytes"],
+        "speed": _speed(base, entry),
+        "lost": _lost(entry),
+        "watch": _watch(entry),
+    }
+    verdict = _verdict(entry, found)
+    return {"verdict": verdict, "sentence": _sentence(entry, found), **found}
+
+
+def rules() -> dict[str, Any]:
+    """Thresholds and rules, for results."""
+    return {"kept_percent": KEPT, "same_speed": SAME_SPEED, "verdicts": RULES}
+
+
+def headline(results: dict[str, Any]) -> str:
+    """What was compared with what, and where."""
+    base, machine = results["checkpoints"][0], results["machine"]
+    where = " and ".join(machine["gpus"]) or f"{machine['cpu']} ({machine['cores']} cores)"
+    return f"Against {base['name']} ({base['scheme']}) on {where}"
+
+
+def describe_speed(speed: dict[str, Any]) -> str:
+    """Output tokens per second against the base's under every load.
+
+    Returns:
+        E.g. `faster (1.83x) with 1 in flight, slower than the base (0.54x) with 4 in flight`.
+    """
+    words = {FASTER: FASTER, SAME: SAME, SLOWER: f"{SLOWER} than the base"}
+    return ", ".join(
+        f"{words[found['verdict']]} ({found['ratio']:.2f}x) with {load}"
+        for load, found in speed.items()
+    )
+
+
+def _verdict(entry: Entry, found: dict[str, Any]) -> str:
+    if found["lost"]:
+        return LOST
+    if any(_low(entry, length) < KEPT for length in entry["perplexity"]):
+        return UNDECIDED
+    faster = [load for load, speed in found["speed"].items() if speed["verdict"] == FASTER]
+    slower = any(speed["verdict"] == SLOWER for speed in found["speed"].values())
+    smaller = found["size_percent"] < 100.0
+    if not smaller and not faster:
+        return NO_GAIN
+    if not slower:
+        return USE
+    return USE_AT.format(" or ".join(faster)) if faster else MEMORY
+
+
+def _speed(base: Entry, entry: Entry) -> dict[str, Any]:
+    ratios = {
+        f"{level} in flight": run["output_tokens_per_s"]
+        / base["throughput"][level]["output_tokens_per_s"]
+        for level, run in entry["throughput"].items()
+    }
+    return {load: {"ratio": ratio, "verdict": _in_words(ratio)} for load, ratio in ratios.items()}
+
+
+def _low(entry: Entry, length: str) -> float:
+    return float(entry["recovery"]["intervals"]["perplexity"][length][0])
+
+
+def _lost(entry: Entry) -> list[str]:
+    kept, intervals = entry["recovery"], entry["recovery"]["intervals"]
+    asked = [
+        (f"perplexity at {length} tokens", kept["perplexity"][length], interval)
+        for length, interval in intervals["perplexity"].items()
+        if length != "mean"
+    ]
+    return _below([*asked, ("tasks", kept["tasks"]["mean"], intervals["tasks"]["mean"])])
+
+
+def _watch(entry: Entry) -> list[str]:
+    kept, intervals = entry["recovery"]["probes"], entry["recovery"]["intervals"]["probes"]
+    return _below([(name, kept[name]["mean"], intervals[name]["mean"]) for name in kept])
+
+
+def _below(asked: list[tuple[str, float, list[float] | None]]) -> list[str]:
+    return [
+        f"{what} {_percent(percent, interval)}"
+        for what, percent, interval in asked
+        if interval is not None and interval[1] < KEPT
+    ]
+
+
+def _sentence(entry: Entry, found: dict[str, Any]) -> str:
+    kept, intervals = entry["recovery"]["perplexity"], entry["recovery"]["intervals"]["perplexity"]
+    worst = found["worst_length"]
+    lost = f" Below {KEPT:g} %: {', '.join(found['lost'])}." if found["lost"] else ""
+    watch = f" Watch: {', '.join(found['watch'])}." if found["watch"] else ""
+    return (
+        f"{entry['name']} ({entry['scheme'].split(',')[0]}) recovers"
+        f" {_percent(kept['mean'], intervals['mean'])} of the base's perplexity on average over"
+        f" lengths, {_percent(kept[worst], intervals[worst])} at its worst length, {worst} tokens;"
+        f" it takes {found['size_percent']:.0f} % of the base's space and is"
+        f" {describe_speed(found['speed'])}.{lost}{watch}"
+    )
+
+
+def _percent(value: float, interval: list[float] | None) -> str:
+    if interval is None:
+        return f"{value:.1f} %"
+    return f"{value:.1f} % ({interval[0]:.1f} to {interval[1]:.1f})"
 
 
 def _in_words(ratio: float) -> str:
     if ratio < 1 - SAME_SPEED:
-        return "slower than the base"
-    return "faster" if ratio > 1 + SAME_SPEED else "about as fast"
-
-
-def _clause(base: dict[str, Any], entry: dict[str, Any]) -> str:
-    kept = entry["recovery"]["perplexity"]["mean"]
-    size = 100.0 * entry["size_bytes"] / base["size_bytes"]
-    return (
-        f"{entry['name']} ({entry['scheme'].split(',')[0]}) recovers {kept:.1f} % of the base's"
-        f" perplexity on average over lengths, takes {size:.0f} % of its space and"
-        f" {describe_speed(base, entry)}"
-    )
+        return SLOWER
+    return FASTER if ratio > 1 + SAME_SPEED else SAME

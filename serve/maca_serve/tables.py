@@ -18,6 +18,8 @@ def result_tables(results: dict[str, Any]) -> Iterator[Table]:
         yield _perplexity(entries)
         if entries[0]["tasks"]:
             yield _tasks(entries)
+        for name in entries[0]["probes"]:
+            yield _probe(entries, name)
     if "throughput" in entries[0]:
         yield _throughput(entries)
 
@@ -46,6 +48,17 @@ def _tasks(entries: list[Entry]) -> Table:
     for entry in entries:
         cells = [_score(entry["tasks"][name]) for name in names]
         table.add_row(entry["name"], *cells, *_recovery(entry, "tasks"))
+    return table
+
+
+def _probe(entries: list[Entry], name: str) -> Table:
+    """Log-probability of an answer's tokens, and the share of them that are the likeliest."""
+    lengths = list(entries[0]["probes"][name])
+    table = _table(f"{name}, nats (right)", *lengths, *_if_compared(entries, "recovery"))
+    for entry in entries:
+        values = [entry["probes"][name][length] for length in lengths]
+        cells = [f"{value['logprob']:.2f} ({100 * value['right']:.0f} %)" for value in values]
+        table.add_row(entry["name"], *cells, *_recovery(entry, "probes", name))
     return table
 
 
@@ -81,11 +94,15 @@ def _if_compared(entries: list[Entry], title: str) -> list[str]:
     return [title] if "recovery" in entries[0] else []
 
 
-def _recovery(entry: Entry, what: str) -> list[str]:
+def _recovery(entry: Entry, *path: str) -> list[str]:
     if "recovery" not in entry:
         return []
-    mean = entry["recovery"][what]["mean"]
-    return ["-" if mean is None else f"{mean:.1f} %"]
+    kept, interval = entry["recovery"], entry["recovery"]["intervals"]
+    for key in (*path, "mean"):
+        kept, interval = kept[key], interval[key]
+    if kept is None:
+        return ["-"]
+    return [f"{kept:.1f} %" + (f" ({interval[0]:.0f}-{interval[1]:.0f})" if interval else "")]
 
 
 def _score(task: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ def make_continuations(tokens: Tokens, tokenizer: Any, limit: int, seed: int) ->
 
 def score_questions(
     client: Client, questions: list[Question], advance: Callable[[int], None]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Accuracy by summed log-probability, and by log-probability per byte of the choice.
 
     Args:
@@ -99,7 +99,8 @@ def score_questions(
         advance: called with the tokens of each finished request.
 
     Returns:
-        {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "questions"}.
+        {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "questions", "scores": 1 for each
+        question that `acc` counts as right, else 0}.
 
     Raises:
         RequestError: the engine failed.
@@ -120,6 +121,7 @@ def score_questions(
         "acc_norm": acc_norm,
         "acc_norm_stderr": error_norm,
         "questions": len(questions),
+        "scores": right,
     }
 
 

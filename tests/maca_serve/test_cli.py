@@ -98,8 +98,9 @@ def test_usage_errors_are_one_line_too(arguments, culprit):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--lengths", "64,x"], "--lengths: '64,x' is not a list of numbers"),
-        (["--lengths", ""], "--lengths: '' is not a list"),
+        (["--lengths", "64,x"], "--lengths: 'x' is neither a number nor `context`"),
+        (["--lengths", ""], "--lengths: '' is neither a number"),
+        (["--lengths", "64,context"], "the text has 1 spans of 512 tokens, 2 windows"),
         (["--lengths", "64", "--tasks", "a/b"], "a/b: no such file"),
     ],
 )

@@ -3,7 +3,6 @@ import math
 
 import pytest
 from maca_serve import UserError, accuracy, compare, throughput
-from maca_serve.recovery import recovery
 
 SMALL = {"lengths": [40, 64, 128], "windows": 3, "limit": 4}
 
@@ -30,7 +29,14 @@ def test_both_files_and_their_numbers(fake_vllm, base, quantized, settings):
     assert set(second["tasks"]["continuation"]) >= {"acc", "acc_stderr", "acc_norm"}
     assert list(second["throughput"]) == ["1", "4"]
     # The fake engine does not read weights: both are equally good.
-    assert second["recovery"]["perplexity"] == dict.fromkeys(["40", "64", "128", "mean"], 100.0)
+    everywhere = ["40", "64", "128", "mean"]
+    kept = second["recovery"]
+    assert kept["perplexity"] == dict.fromkeys(everywhere, 100.0)
+    assert kept["intervals"]["perplexity"] == {n: [100.0, 100.0] for n in everywhere}
+    assert second["verdict"]["size_percent"] == 25.0
+    assert second["dtype"] == "bfloat16"
+    assert results["settings"]["accuracy"]["special_tokens"] == [1]
+    assert results["settings"]["intervals"]["seed"] == 0
     assert results["settings"]["accuracy"]["windows"] == 3
     assert results["machine"]["cores"] >= 1
     assert results["versions"]["vllm"] == "0.32.0+cpu"
@@ -77,6 +83,31 @@ def test_local_task_files(fake_vllm, quantized, text, tmp_path):
     }
 
 
+def test_lengths_up_to_the_context_and_probes(fake_vllm, make_checkpoint, text):
+    long = make_checkpoint("long", max_position_embeddings=9000)
+    document = [f"w{i % 199}" for i in range(19000)]
+    text.write_text(json.dumps({"text": " ".join(document)}))
+    results = accuracy(
+        [long],
+        text=text,
+        lengths=[64, 4096, "context"],
+        windows=2,
+        tasks=["needle", "copy"],
+    )
+    (entry,) = results["checkpoints"]
+    lengths = ["64", "4096", "9000"]
+    assert results["settings"]["accuracy"]["lengths"] == [64, 4096, 9000]
+    assert [list(values) for values in (entry["perplexity"], *entry["probes"].values())] == [
+        lengths
+    ] * 3
+    # The engine takes the prompt and the one token of output that it insists on.
+    arguments = results["settings"]["engine"]["long"]["arguments"]
+    assert arguments[arguments.index("--max-model-len") + 1] == "9001"
+    ids = [1, *(i % 199 + 2 for i in range(8999))]
+    loss = -sum(by_hand(ids, place) for place in range(9000 - 32, 9000)) / 32
+    assert entry["perplexity"]["9000"]["losses"][0] == pytest.approx(loss)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -84,6 +115,8 @@ def test_local_task_files(fake_vllm, quantized, text, tmp_path):
         ({"lengths": [64, 32]}, "32 after 64"),
         ({"windows": 50}, "spans of 128 tokens, 50 windows"),
         ({"limit": 1}, "--limit: 1"),
+        ({"lengths": ["all"]}, "'all' is neither a number nor `context`"),
+        ({"tasks": ["usual", "boolq"]}, "the name 'boolq' is taken"),
         ({"tasks": ["nope.jsonl"]}, "nope.jsonl: no such file"),
         ({"concurrency": [0]}, "--concurrency"),
         ({"input_len": 500, "output_len": 13}, "together longer than the context"),
@@ -118,19 +151,3 @@ def test_failing_engine_writes_nothing(fake_vllm, base, quantized, settings):
         compare(base, [quantized], **settings)
     assert not settings["output"].exists()
     assert error.value.details
-
-
-def test_recovery():
-    def entry(ppl, acc, lower):
-        return {
-            "perplexity": {"64": {"ppl": ppl}, "256": {"ppl": 2 * ppl}},
-            "tasks": {
-                "a": {"acc": acc},
-                "zero": {"acc": 0.0},
-                "b": {"metric": "bits", "bits": lower, "higher_is_better": False},
-            },
-        }
-
-    found = recovery(entry(10.0, 0.5, 1.0), entry(12.5, 0.4, 2.0))
-    assert found["perplexity"] == {"64": 80.0, "256": 80.0, "mean": 80.0}
-    assert found["tasks"] == {"a": 80.0, "zero": None, "b": 50.0, "mean": 65.0}

@@ -1,5 +1,12 @@
 import pytest
-from maca_serve.enginelog import find_cause, find_kernels, find_weights_memory, last_message, tail
+from maca_serve.enginelog import (
+    find_cause,
+    find_dtype,
+    find_kernels,
+    find_weights_memory,
+    last_message,
+    tail,
+)
 
 WORKER = "(Worker pid=6948) INFO 11-22 00:28:05 [__init__.py:846] "
 CORE = "(EngineCore pid=8) ERROR 11-22 00:28:05 [core.py:1] "
@@ -34,6 +41,14 @@ def test_the_memory_that_the_weights_take():
     line = WORKER + "Model loading took 5.25 GiB memory and 3.112345 seconds"
     assert find_weights_memory(["other", line]) == 5.25 * 1024**3
     assert find_weights_memory([WORKER + "Checkpoint size: 0.11 GiB."]) is None
+
+
+def test_the_dtype_is_the_engines():
+    line = (
+        "Initializing a V1 LLM engine (v0.32.0) with config: model='m', dtype=torch.float16, seed=0"
+    )
+    assert find_dtype(["dtype=torch.float32", WORKER + line]) == "float16"
+    assert find_dtype(["dtype=torch.float32"]) is None
 
 
 def test_the_first_hand_cause_is_found():

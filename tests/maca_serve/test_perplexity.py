@@ -40,6 +40,7 @@ def test_against_brute_force():
             losses.append(-sum(logprob(ids, i) for i in range(length - 32, length)) / 32)
         nll = sum(losses) / 4
         error = statistics.stdev(losses) / 2
+        assert found[str(length)].pop("losses") == pytest.approx(losses)
         assert found[str(length)] == pytest.approx(
             {
                 "ppl": math.exp(nll),
@@ -51,9 +52,9 @@ def test_against_brute_force():
 
 
 def test_perplexity_of_equal_losses_has_no_error():
-    assert perplexity([2.0, 2.0, 2.0]) == pytest.approx(
-        {"ppl": math.e**2, "stderr": 0.0, "nll": 2.0, "nll_stderr": 0.0}
-    )
+    found = perplexity([2.0, 2.0, 2.0])
+    assert found.pop("losses") == [2.0, 2.0, 2.0]
+    assert found == pytest.approx({"ppl": math.e**2, "stderr": 0.0, "nll": 2.0, "nll_stderr": 0.0})
 
 
 def test_error_of_a_proportion():

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -6,9 +7,10 @@ from pathlib import Path
 import pytest
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.inspection import diagonal_views, relative_diagonals, run_rows
-from maca_serve.recovery import recovery
+from maca_serve.recovery import describe_intervals, recovery
 from maca_serve.report import render_report
-from maca_serve.summary import summarize
+from maca_serve.stats import perplexity
+from maca_serve.summary import judge, rules
 
 RECORD = {
     "format": 1,
@@ -34,14 +36,26 @@ DIAGONALS = {
 }
 
 
-def entry(name, speed, ppl, size):
+def entry(name, speed, nll, size):
+    losses = [nll - 0.5, nll, nll + 0.5]
+    probe = {
+        "logprob": -nll,
+        "logprob_stderr": 0.1,
+        "logprobs": [-loss for loss in losses],
+        "exact": 0.25,
+        "exact_stderr": 0.1,
+        "right": 0.5,
+        "right_stderr": 0.1,
+        "prompts": 3,
+    }
     run = {f"{m}_ms": {"median": 5.0, "p99": 9.0} for m in ("ttft", "tpot", "itl", "e2el")}
     return {
         "name": name,
         "scheme": "BF16" if name == "base" else "W4A16 int, group 64, symmetric",
         "kernel": "K",
         "size_bytes": size,
-        "perplexity": {n: {"ppl": ppl, "stderr": 0.5, "nll": 1.0} for n in ("64", "256")},
+        "perplexity": {n: perplexity(losses) for n in ("64", "256")},
+        "probes": {name: {"64": probe, "256": probe} for name in ("needle", "copy")},
         "tasks": {
             "continuation": {
                 "acc": 0.5,
@@ -62,16 +76,23 @@ def entry(name, speed, ppl, size):
 @pytest.fixture
 def results():
     entries = [
-        entry("base", {"1": 10.0, "4": 40.0}, 20.0, 4_000_000),
-        entry("w4 <b>", {"1": 18.3, "4": 21.6}, 25.0, 1_000_000),
+        entry("base", {"1": 10.0, "4": 40.0}, 3.0, 4_000_000),
+        entry("w4 <b>", {"1": 18.3, "4": 21.6}, 3.0 + math.log(1.25), 1_000_000),
     ]
     for each in entries:
         each["recovery"] = recovery(entries[0], each)
+    entries[1]["verdict"] = judge(*entries)
     return {
         "machine": {"cpu": "Some CPU", "cores": 2, "gpus": []},
         "versions": {"vllm": "0.32.0+cpu"},
         "settings": {
-            "accuracy": {"windows": 16, "targets_per_window": 32},
+            "accuracy": {
+                "windows": 16,
+                "targets_per_window": 32,
+                "needle_depths": [0.0, 0.5, 1.0],
+            },
+            "intervals": describe_intervals(),
+            "rules": rules(),
             "speed": {"input_len": 128, "output_len": 32},
         },
         "checkpoints": entries,
@@ -110,33 +131,40 @@ def test_page_fetches_nothing_and_has_every_plot(results, checkpoints):
     assert not {"script", "link", "iframe", "object"} & set(page.elements)
     assert "@import" not in html
     assert not re.search(r"url\((?!#)", html)
-    # Size, perplexity, recovery, tasks, speed, losses, one diagonal.
-    assert page.elements.count("svg") == 7
+    # Size, perplexity, recovery, tasks, two probes, speed, losses, one diagonal.
+    assert page.elements.count("svg") == 9
     assert "w4 &lt;b&gt;" in html
-    assert "<b>" not in html
+    assert "w4 <b>" not in html
+    assert "not for quality" in html
+    # Nothing of a plot is of one colour for light and dark.
+    assert not re.search(r"(?:fill|stroke): #(?!ffffff)", html)
 
 
 def test_page_without_inspection(results, base, quantized):
     html = render_report(results, [open_checkpoint(base), open_checkpoint(quantized)])
     assert "How they were made" not in html
     assert "What each input length sees" not in html
-    assert Page(html).elements.count("svg") == 5
+    assert Page(html).elements.count("svg") == 7
 
 
-def test_summary_is_honest_about_speed(results):
-    assert summarize(results) == (
-        "Against base (BF16) on Some CPU (2 cores): w4 <b> (W4A16 int) recovers 80.0 % of the"
-        " base's perplexity on average over lengths, takes 25 % of its space and is faster"
-        " (1.83x) with 1 in flight, slower than the base (0.54x) with 4 in flight."
-    )
-
-
-def test_summary_names_gpus_and_equal_speed(results):
-    results["machine"]["gpus"] = ["NVIDIA H100"]
-    run = results["checkpoints"][1]["throughput"]
-    run["1"]["output_tokens_per_s"] = 10.3
-    assert " on NVIDIA H100: " in summarize(results)
-    assert "is about as fast (1.03x) with 1 in flight" in summarize(results)
+def test_every_number_is_that_of_results(results, checkpoints):
+    written = json.loads(json.dumps(results))
+    html = render_report(written, checkpoints)
+    found = re.findall(r'<span data-key="([^"]+)"(?: data-unit="(\w+)")?>([^<]+)</span>', html)
+    # Perplexity, tasks, probes and recoveries of two checkpoints.
+    assert len(found) > 60
+    for pointer, unit, text in found:
+        value = written
+        for key in pointer[1:].split("/"):
+            value = value[int(key) if isinstance(value, list) else key.replace("~1", "/")]
+        if value is None:
+            assert text == "–"
+            continue
+        shown = [float(part) for part in re.findall(r"-?[\d.]+", text)]
+        values = value if isinstance(value, list) else [value]
+        half_a_digit = 0.5 * 10 ** -len(text.split()[0].partition(".")[2]) + 1e-9
+        values = [each / float(unit or 1) for each in values]
+        assert shown == pytest.approx(values, abs=half_a_digit)
 
 
 def test_run_record():

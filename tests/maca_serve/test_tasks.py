@@ -35,6 +35,7 @@ def test_sum_and_per_byte_disagree_about_a_long_choice():
     assert found["acc_stderr"] == pytest.approx(math.sqrt(0.5 * 0.5))
     assert found["acc_norm_stderr"] == 0.0
     assert found["questions"] == 2
+    assert found["scores"] == [0.0, 1.0]
 
 
 def test_only_the_choice_is_scored():

@@ -1,7 +1,7 @@
 import pytest
 from maca_serve.corpus import Tokens
 from maca_serve.errors import UserError
-from maca_serve.windows import TARGETS, check_lengths, cut_spans, window_input
+from maca_serve.windows import TARGETS, check_lengths, cut_spans, resolve_lengths, window_input
 
 DOCUMENTS = [list(range(1000, 1250)), list(range(2000, 2130)), list(range(3000, 3050))]
 
@@ -51,3 +51,21 @@ def test_lengths_that_cannot_be_used(lengths, says):
 def test_lengths_up_to_the_context_can():
     check_lengths((33, 512), 512)
     check_lengths((64, 100000), None)
+
+
+def test_the_word_for_the_context():
+    assert resolve_lengths((64, "context"), 512) == (64, 512)
+    assert resolve_lengths((64, 256), None) == (64, 256)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "context", "says"),
+    [
+        (("context",), None, "says no context"),
+        ((64, "all"), 512, "'all' is neither"),
+        (("context", 512), 512, "512 after 512"),
+    ],
+)
+def test_words_that_are_no_length(lengths, context, says):
+    with pytest.raises(UserError, match=says):
+        resolve_lengths(lengths, context)

@@ -11,7 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from vllm.model import logprob, other_tokens
 
 FAULT = os.environ.get("FAKE_VLLM", "")
+OPTIONS = argparse.Namespace()
 LOG = """\
+(EngineCore pid=8) INFO 11-22 00:28:04 [core.py:1] Initializing a V1 LLM engine (v0.32.0) with \
+config: model='m', skip_tokenizer_init=False, dtype=torch.bfloat16, max_seq_len=512, seed=0
 (Worker pid=7) INFO 11-22 00:28:05 [x.py:1] Using CPUWNA16LinearKernel for mixed-precision linear
 (Worker pid=7) INFO 11-22 00:28:05 [x.py:1] Using CPUWNA16LinearKernel for CompressedTensorsWNA16
 """
@@ -21,10 +24,13 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.answer(200, {})
+        model = {"max_model_len": OPTIONS.max_model_len}
+        self.answer(200, {"data": [model]} if self.path == "/v1/models" else {})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "prompt_logprobs" not in body:
+            print("request", json.dumps(body), flush=True)
         if FAULT == "dies" or (FAULT == "dies in bench" and "prompt_logprobs" not in body):
             print(
                 "(EngineCore pid=8) ERROR 11-22 00:28:05 [x.py:1] MemoryError: no room", flush=True
@@ -39,6 +45,8 @@ class Handler(BaseHTTPRequestHandler):
                 "index": i,
                 "prompt_logprobs": entries(ids, top, shift),
                 "token_ids": [0] * body.get("max_tokens", 0),
+                "text": " ".join(f"w{token}" for token in ids[-2:]),
+                "logprobs": echoed(ids) if body.get("echo") else None,
             }
             for i, ids in enumerate(body["prompt"])
         ]
@@ -48,6 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status, value):
         data = json.dumps(value).encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -66,13 +75,23 @@ def entries(ids, top, shift):
     return [None, *found]
 
 
+def echoed(ids):
+    """As lm-eval asks for them: the prompt's own, and one made up for the generated token."""
+    own = [None, *(logprob(ids, i) for i in range(1, len(ids))), -1.0]
+    return {
+        "token_logprobs": own,
+        "top_logprobs": [None if value is None else {"a": value} for value in own],
+    }
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=["serve"])
     parser.add_argument("model")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
-    options, _ = parser.parse_known_args()
+    parser.add_argument("--max-model-len", type=int, default=8192)
+    options, _ = parser.parse_known_args(namespace=OPTIONS)
     print(f"arguments {sys.argv[1:]}", flush=True)
     if FAULT == "does not start":
         print("(Worker pid=9) ERROR 11-22 00:28:05 [x.py:1] ValueError: no kernel for 3 bits")
