@@ -22,6 +22,9 @@ SEQUENCES = 4
 # core for its scheduler, which costs little there.
 BIND_ALL_UP_TO = 4
 
+# Of a CPU engine's processes without weights and KV cache: 1.9 GiB of their own pages, measured.
+ENGINE_BYTES = 2 * GIB
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -77,6 +80,12 @@ def fit(
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
     return Fit(arguments, environment)
+
+
+def memory_needed(checkpoint: Checkpoint, settings: Fit) -> int:
+    """Bytes that a CPU engine takes: its weights, its KV cache, and the processes themselves."""
+    cache = float(settings.environment["VLLM_CPU_KVCACHE_SPACE"]) * GIB
+    return checkpoint.size_bytes + int(cache) + ENGINE_BYTES
 
 
 def kv_bytes_per_token(config: dict[str, Any]) -> int:

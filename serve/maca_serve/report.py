@@ -5,16 +5,18 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from maca_serve.breakeven import MARGIN
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.inspection import NOTABLE_RATIO, diagonal_views, losses_plot, run_rows
 from maca_serve.plots import (
     perplexity_plot,
     recovery_plot,
     size_plot,
-    speed_plot,
     tasks_plot,
 )
 from maca_serve.recovery import headline
+from maca_serve.speed_plots import curve_plot, rates_plot, ratio_plot
+from maca_serve.speed_view import speed_grids
 from maca_serve.summary import summarize
 
 
@@ -43,6 +45,8 @@ def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str
         base=entries[0],
         summary=summarize(results),
         plots={name: Markup(svg) for name, svg in _plots(entries).items()},
+        margin=MARGIN,
+        speed_grids=list(speed_grids(results)),
         inspections=[_inspect(checkpoint) for checkpoint in checkpoints],
         losses=_markup(losses_plot(checkpoints)),
         notable_ratio=NOTABLE_RATIO,
@@ -53,9 +57,12 @@ def _plots(entries: list[dict[str, Any]]) -> dict[str, str]:
     plots = {
         "perplexity": perplexity_plot(entries),
         "recovery": recovery_plot(entries),
-        "speed": speed_plot(entries),
+        "curve": curve_plot(entries),
+        "ratio": ratio_plot(entries),
         "size": size_plot(entries),
     }
+    if "rates" in entries[0]:
+        plots["rates"] = rates_plot(entries)
     if entries[0]["tasks"]:
         plots["tasks"] = tasks_plot(entries)
     return plots

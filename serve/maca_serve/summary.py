@@ -2,8 +2,9 @@
 
 from typing import Any
 
-# A ratio closer to 1 than this is called neither faster nor slower: short runs scatter as much.
-SAME_SPEED = 0.05
+from maca_serve.breakeven import FASTER, SAME, SLOWER
+
+_WORDS = {FASTER: "faster", SAME: "about as fast", SLOWER: "slower than the base"}
 
 
 def summarize(results: dict[str, Any]) -> str:
@@ -19,23 +20,24 @@ def summarize(results: dict[str, Any]) -> str:
     return f"Against {base['name']} ({base['scheme']}) on {where}: {clauses}."
 
 
-def describe_speed(base: dict[str, Any], entry: dict[str, Any]) -> str:
+def describe_speed(entry: dict[str, Any]) -> str:
     """Output tokens per second against the base's at every number of requests in flight.
 
+    Args:
+        entry: a quantized checkpoint's, with `break_even`.
+
     Returns:
-        E.g. `is faster (1.83x) with 1 in flight, slower than the base (0.54x) with 4 in flight`.
+        E.g. `is faster (1.83x) with 1 in flight, slower than the base (0.54x) with 4 in flight`,
+        at the shortest prompts.
     """
-    parts = []
-    for level, run in entry["throughput"].items():
-        ratio = run["output_tokens_per_s"] / base["throughput"][level]["output_tokens_per_s"]
-        parts.append(f"{_in_words(ratio)} ({ratio:.2f}x) with {level} in flight")
-    return "is " + ", ".join(parts)
-
-
-def _in_words(ratio: float) -> str:
-    if ratio < 1 - SAME_SPEED:
-        return "slower than the base"
-    return "faster" if ratio > 1 + SAME_SPEED else "about as fast"
+    ratios = entry["break_even"]["ratios"]
+    shortest = min(ratios, key=int)
+    parts = [
+        f"{_WORDS[found['verdict']]} ({found['ratio']:.2f}x) with {level} in flight"
+        for level, found in ratios[shortest].items()
+    ]
+    where = f" at prompts of {shortest} tokens" if len(ratios) > 1 else ""
+    return f"is {', '.join(parts)}{where}"
 
 
 def _clause(base: dict[str, Any], entry: dict[str, Any]) -> str:
@@ -44,5 +46,5 @@ def _clause(base: dict[str, Any], entry: dict[str, Any]) -> str:
     return (
         f"{entry['name']} ({entry['scheme'].split(',')[0]}) recovers {kept:.1f} % of the base's"
         f" perplexity on average over lengths, takes {size:.0f} % of its space and"
-        f" {describe_speed(base, entry)}"
+        f" {describe_speed(entry)}"
     )

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from maca_serve.recovery import headline
+from maca_serve.speed_view import speed_grids
 
 Entry = dict[str, Any]
 
@@ -19,7 +20,11 @@ def result_tables(results: dict[str, Any]) -> Iterator[Table]:
         if entries[0]["tasks"]:
             yield _tasks(entries)
     if "throughput" in entries[0]:
-        yield _throughput(entries)
+        for grid in speed_grids(results):
+            table = _table(*grid.columns)
+            for row in grid.rows:
+                table.add_row(*row)
+            yield table
 
 
 def _checkpoints(entries: list[Entry]) -> Table:
@@ -46,25 +51,6 @@ def _tasks(entries: list[Entry]) -> Table:
     for entry in entries:
         cells = [_score(entry["tasks"][name]) for name in names]
         table.add_row(entry["name"], *cells, *_recovery(entry, "tasks"))
-    return table
-
-
-def _throughput(entries: list[Entry]) -> Table:
-    table = _table(
-        "speed", "in flight", "TTFT ms", "TPOT ms", "E2EL ms", "p99", "out tok/s", "tok/s"
-    )
-    for entry in entries:
-        for level, run in entry["throughput"].items():
-            table.add_row(
-                entry["name"],
-                level,
-                f"{run['ttft_ms']['median']:.0f}",
-                f"{run['tpot_ms']['median']:.1f}",
-                f"{run['e2el_ms']['median']:.0f}",
-                f"{run['e2el_ms']['p99']:.0f}",
-                f"{run['output_tokens_per_s']:.1f}",
-                f"{run['total_tokens_per_s']:.1f}",
-            )
     return table
 
 
