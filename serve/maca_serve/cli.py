@@ -53,7 +53,7 @@ Concurrency = Annotated[str, typer.Option(help="Requests in flight, one run for 
 InputLen = Annotated[str, typer.Option(help="Prompt tokens of a timed request; several: 32,512.")]
 OutputLen = Annotated[int, typer.Option(help="Output tokens of a timed request.")]
 Prompts = Annotated[
-    int | None, typer.Option(help="Requests of a run; 2 for each in flight by default, at least 4.")
+    int | None, typer.Option(help="Requests of a run; 2 for each in flight by default.")
 ]
 Rates = Annotated[
     str | None,

@@ -92,7 +92,7 @@ def throughput(
         concurrency: requests in flight, one run for each.
         input_len: random prompt tokens of a request, every concurrency for each.
         output_len: output tokens of a request.
-        prompts: requests of a run; two for each in flight, at least 4, when None.
+        prompts: requests of a run; two for each in flight when None.
         rates: requests per second, one run for each; "auto" for shares of what the first
             checkpoint reached with requests in flight.
         repeats: runs of every checkpoint under every load, in alternating order.

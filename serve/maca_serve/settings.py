@@ -58,8 +58,8 @@ class SpeedSettings:
         concurrency: requests in flight, one run for each.
         input_len: random prompt tokens of a request, every concurrency for each.
         output_len: output tokens of a request, end-of-text ignored.
-        prompts: requests of a run; when None, two for each in flight, at least 4, or
-            RATE_SECONDS of arrivals, at least RATE_PROMPTS.
+        prompts: requests of a run; when None, two for each in flight, or RATE_SECONDS of
+            arrivals, at least RATE_PROMPTS.
         rates: requests per second, one run for each; AUTO for shares of what the first checkpoint
             reached; none when empty.
         repeats: runs of every checkpoint under every load, in alternating order.
@@ -116,7 +116,7 @@ class SpeedSettings:
         if load.rate is not None:
             return max(RATE_PROMPTS, math.ceil(RATE_SECONDS * load.rate))
         assert load.concurrency is not None
-        return max(4, 2 * load.concurrency)
+        return 2 * load.concurrency
 
 
 def _check_list(option: str, numbers: tuple[float, ...], example: str) -> None:

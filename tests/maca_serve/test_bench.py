@@ -77,7 +77,7 @@ def test_settings_that_cannot_be_run(settings, says):
 
 def test_requests_of_a_run():
     loads = [Load(128, concurrency=n) for n in (1, 4, 16)]
-    assert [SpeedSettings().prompts_under(load) for load in loads] == [4, 8, 32]
+    assert [SpeedSettings().prompts_under(load) for load in loads] == [2, 8, 32]
     assert SpeedSettings(prompts=5).prompts_under(loads[2]) == 5
     # Of arrivals 20 seconds, but not too few.
     assert [SpeedSettings().prompts_under(Load(128, rate=r)) for r in (0.1, 1.51)] == [8, 31]
