@@ -15,7 +15,7 @@ from maca_serve.plots import (
     tasks_plot,
 )
 from maca_serve.recovery import headline
-from maca_serve.speed_plots import curve_plot, rates_plot, ratio_plot
+from maca_serve.speed_plots import speed_figures
 from maca_serve.speed_view import speed_grids
 from maca_serve.summary import summarize
 
@@ -46,6 +46,7 @@ def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str
         summary=summarize(results),
         plots={name: Markup(svg) for name, svg in _plots(entries).items()},
         margin=MARGIN,
+        speed_figures=[(Markup(svg), caption) for svg, caption in speed_figures(entries)],
         speed_grids=list(speed_grids(results)),
         inspections=[_inspect(checkpoint) for checkpoint in checkpoints],
         losses=_markup(losses_plot(checkpoints)),
@@ -57,12 +58,8 @@ def _plots(entries: list[dict[str, Any]]) -> dict[str, str]:
     plots = {
         "perplexity": perplexity_plot(entries),
         "recovery": recovery_plot(entries),
-        "curve": curve_plot(entries),
-        "ratio": ratio_plot(entries),
         "size": size_plot(entries),
     }
-    if "rates" in entries[0]:
-        plots["rates"] = rates_plot(entries)
     if entries[0]["tasks"]:
         plots["tasks"] = tasks_plot(entries)
     return plots

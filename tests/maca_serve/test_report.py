@@ -189,7 +189,7 @@ def test_lengths_rates_and_what_was_not_computed(results, base, quantized):
     other["bandwidth"] = {"not_computed": "not all experts are read for a token"}
     assert summarize(results).endswith("(0.54x) with 4 in flight at prompts of 128 tokens.")
     html = render_report(results, [open_checkpoint(base), open_checkpoint(quantized)])
-    assert Page(html).elements.count("svg") == 7
+    assert Page(html).elements.count("svg") == 10
     assert "w4 &lt;b&gt;: not computed, not all experts" in html
     # Each in flight along the lengths, and each length along those in flight.
     assert "<td>1 in flight</td><td>at all measured</td>" in html
