@@ -1,6 +1,6 @@
 """How fast vLLM serves low-bit checkpoints, against BF16 in the same run, and where that ends.
 
-    .venv-serve/bin/python benchmarks/serving.py             # about 20 minutes on two cores
+    .venv-serve/bin/python benchmarks/serving.py             # 20 to 25 minutes on two cores
 
 Two models: SmolLM2-135M (the demo's checkpoints, made here where they are missing), and one of
 Llama-3-8B's layer shape with random weights, with 4 layers on a CPU and 32 on a card. BF16 gets the
@@ -27,6 +27,7 @@ from maca_serve.doctor import diagnose
 from maca_serve.doctor.speeds import FILE as SPEEDS
 from maca_serve.doctor.speeds import kind
 from maca_serve.fit import Fit, fit
+from maca_serve.loads import Load
 from maca_serve.machine import describe_machine, physical_cpus, require_vllm
 from maca_serve.measure import measure
 from maca_serve.results import write_json
@@ -49,6 +50,14 @@ RECIPES = {
 DEMO = {"bf16": "base", "w8a8": "maca-w8a8", "w4a16": "maca"}
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 REAL, SHAPED = "SmolLM2-135M", "8B-shaped"
+
+
+class Batches(SpeedSettings):
+    """Runs of one full batch, after one as warm-up: engine starts take the most time as it is."""
+
+    def prompts_under(self, load: Load) -> int:
+        """As many as are in flight."""
+        return load.concurrency or super().prompts_under(load)
 
 
 @dataclass(frozen=True)
@@ -127,18 +136,19 @@ def measure_model(
     """All arms of one model, in one run."""
     version = require_vllm()
     kept, skipped = runnable([(arm, folder_of(model, arm.scheme, layers)) for arm in arms])
-    bound = try_bindings(kept[0][1], settings, bindings)
+    tried = try_bindings(kept[0][1], settings, bindings) if len(bindings) > 1 else {}
+    best = next(iter(tried or bindings), None)
     checkpoints = open_all([folder for _, folder in kept], [arm.name for arm, _ in kept])
     fits = []
     for checkpoint, (arm, _) in zip(checkpoints, kept, strict=True):
         chosen = fit(checkpoint, version, measured=settings.longest)
-        own = {BINDING: next(iter(bound))} if bound and arm.scheme == "bf16" else {}
+        own = {BINDING: best} if best and arm.scheme == "bf16" else {}
         environment = {**chosen.environment, **arm.environment, **own}
         fits.append(Fit(chosen.arguments, environment))
     results = measure(checkpoints, None, settings, fits)
     for entry in results["checkpoints"]:
         entry.pop("path")
-    return {"skipped": skipped, "tokens_per_s_by_binding": bound, **results}
+    return {"skipped": skipped, "tokens_per_s_by_binding": tried, **results}
 
 
 def latency_grid(results: dict) -> Grid:
@@ -220,7 +230,7 @@ def main() -> None:
     """Measure what the result file lacks, and print all of it."""
     cuda = "cpu" not in require_vllm()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=[REAL, SHAPED], default=[REAL, SHAPED])
+    parser.add_argument("--models", nargs="+", choices=[REAL, SHAPED], default=[SHAPED, REAL])
     parser.add_argument("--arms", nargs="+", help="some of them, e.g. BF16 W8A8; BF16 is needed")
     parser.add_argument("--bindings", nargs="*", default=[] if cuda else bindings_here())
     parser.add_argument("--layers", type=int, default=32 if cuda else 4)
@@ -229,23 +239,23 @@ def main() -> None:
     )
     parser.add_argument("--input-len", type=numbers, default=(32, 512) if cuda else (32,))
     parser.add_argument("--output-len", type=int, default=32)
-    parser.add_argument("--prompts", type=int, help="of a run; two for each in flight by default")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
     parser.add_argument("--publish", action="store_true", help="only write the doctor's speeds")
     given = parser.parse_args()
     if given.publish:
         return publish(given.results)
-    settings = SpeedSettings(
-        given.concurrency, given.input_len, given.output_len, given.prompts, (), given.repeats
-    )
+    settings = Batches(given.concurrency, given.input_len, given.output_len, repeats=given.repeats)
     file = given.results / f"serving-{kind_of(describe_machine())}.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     for model in given.models:
         if model not in found:
             arms = ARMS["cuda" if cuda else "cpu"][model]
             arms = [arm for arm in arms if not given.arms or arm.name in given.arms]
-            found[model] = measure_model(model, arms, given.layers, settings, given.bindings)
+            # What was best for the larger model is taken for the smaller: a start takes a minute.
+            known = list(found.get(SHAPED, {}).get("tokens_per_s_by_binding", {}))[:1]
+            bindings = known or given.bindings
+            found[model] = measure_model(model, arms, given.layers, settings, bindings)
             write_json(file, found)
         show(model, found[model])
 

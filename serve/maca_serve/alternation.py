@@ -14,6 +14,9 @@ from maca_serve.checkpoint import Checkpoint
 from maca_serve.fit import GIB, Fit, memory_needed
 from maca_serve.machine import available_memory
 
+# Of the process that runs vLLM's benchmark.
+BENCHMARK_BYTES = 1 * GIB
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -81,7 +84,7 @@ def schedule(
     if "cpu" not in vllm_version:
         why = "vLLM takes most of a card's memory for one engine"
         return Schedule(False, why, _blocks(places, repeats))
-    needed = sum(map(memory_needed, checkpoints, fits))
+    needed = BENCHMARK_BYTES + sum(map(memory_needed, checkpoints, fits))
     free = available_memory()
     together = needed <= free
     why = f"they need {needed / GIB:.1f} GiB together, {free / GIB:.1f} GiB are free"
