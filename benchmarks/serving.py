@@ -249,6 +249,8 @@ def main() -> None:
     file = given.results / f"serving-{kind_of(describe_machine())}.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     for model in given.models:
+        if model in found and found[model]["settings"]["speed"] != settings.describe():
+            parser.error(f"{file} holds {model} under other settings; delete it, or give --results")
         if model not in found:
             arms = ARMS["cuda" if cuda else "cpu"][model]
             arms = [arm for arm in arms if not given.arms or arm.name in given.arms]

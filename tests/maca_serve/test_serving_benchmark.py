@@ -55,6 +55,10 @@ def test_a_model_is_measured_once_and_its_tables_come_again(
     fake_vllm("does not start")
     serving.main()
     assert capsys.readouterr().out == printed
+    monkeypatch.setattr(sys, "argv", [*command, "--repeats", "3"])
+    with pytest.raises(SystemExit):
+        serving.main()
+    assert "under other settings" in capsys.readouterr().err
 
 
 def test_what_the_doctor_warns_from(tmp_path, monkeypatch):
