@@ -35,7 +35,8 @@ def table(results: dict) -> str:
     """Markdown: one row per checkpoint."""
     entries = results["checkpoints"]
     lengths = list(entries[0]["perplexity"])
-    loads = list(entries[0]["throughput"])
+    length = next(iter(entries[0]["throughput"]))
+    loads = list(entries[0]["throughput"][length])
     rows = [
         ["checkpoint", "scheme", "MB", *(f"perplexity at {n}" for n in lengths), "recovery"]
         + [f"tokens/s, {n} in flight" for n in loads]
@@ -47,7 +48,7 @@ def table(results: dict) -> str:
             [entry["name"], entry["scheme"].split(",")[0], f"{entry['size_bytes'] / 1e6:.0f}"]
             + [f"{entry['perplexity'][n]['ppl']:.1f}" for n in lengths]
             + [f"{entry['recovery']['perplexity']['mean']:.1f} %"]
-            + [f"{entry['throughput'][n]['output_tokens_per_s']:.1f}" for n in loads]
+            + [f"{entry['throughput'][length][n]['output_tokens_per_s']:.1f}" for n in loads]
             + [f"{made['wall_seconds']['calibrate']:.0f} s" if made else "—"]
         )
     return markdown(rows)

@@ -2,6 +2,7 @@
 
 import json
 import select
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import IO, Any, Self
 
 from maca_serve.engine import Engine
 from maca_serve.errors import RequestError
+from maca_serve.loads import Load
 from maca_serve.process import start_group, stop_group
 from maca_serve.settings import SpeedSettings
 
@@ -58,12 +60,12 @@ class Benchmark:
     def _log(self) -> Path:
         return Path(self._folder.name) / "bench.log"
 
-    def run(self, engine: Engine, concurrency: int) -> dict[str, Any]:
-        """One run at one concurrency, after a warm-up of as many requests.
+    def run(self, engine: Engine, load: Load) -> dict[str, Any]:
+        """One run under one load, after a warm-up of as many requests as are to be in flight.
 
         Args:
             engine: running.
-            concurrency: requests in flight.
+            load: what it is given.
 
         Returns:
             See `read_result`.
@@ -73,7 +75,7 @@ class Benchmark:
             RequestError: the benchmark failed, or some of its requests did.
         """
         result = Path(self._folder.name) / "result.json"
-        self._send(self._arguments(engine, concurrency, result))
+        self._send(self._arguments(engine, load, result))
         answer = self._receive(engine)
         if "error" in answer:
             raise RequestError(f"vllm bench serve failed: {answer['error']}")
@@ -81,22 +83,23 @@ class Benchmark:
         if measured["failed"] or not measured["completed"]:
             raise RequestError(
                 f"vllm bench serve: {measured['failed']} of {measured['num_prompts']} requests"
-                f" failed at concurrency {concurrency}"
+                f" failed ({load})"
             )
         return read_result(measured)
 
-    def _arguments(self, engine: Engine, concurrency: int, result: Path) -> list[str]:
+    def _arguments(self, engine: Engine, load: Load, result: Path) -> list[str]:
+        limit = {"--max-concurrency": load.concurrency, "--request-rate": load.rate}
         options = {
+            **{option: value for option, value in limit.items() if value is not None},
             "--backend": "vllm",
             "--base-url": engine.url,
             "--model": engine.checkpoint.name,
             "--tokenizer": engine.checkpoint.path,
             "--dataset-name": "random",
-            "--random-input-len": self.settings.input_len,
+            "--random-input-len": load.input_len,
             "--random-output-len": self.settings.output_len,
-            "--num-prompts": self.settings.prompts_at(concurrency),
-            "--num-warmups": concurrency,
-            "--max-concurrency": concurrency,
+            "--num-prompts": self.settings.prompts_under(load),
+            "--num-warmups": load.concurrency or 1,
             "--seed": self.settings.seed,
             "--temperature": 0,
             "--percentile-metrics": ",".join(METRICS),
@@ -148,6 +151,26 @@ def read_result(measured: dict[str, Any]) -> dict[str, Any]:
         "requests_per_s": measured["request_throughput"],
         "requests": measured["completed"],
         "duration_s": measured["duration"],
+    }
+
+
+def combine(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one checkpoint under one load as one: of every number the median over the runs.
+
+    Requests and seconds are sums, and `rounds` are the runs' output tokens per second.
+    """
+    combined = _medians(runs)
+    for total in ("requests", "duration_s"):
+        combined[total] = sum(run[total] for run in runs)
+    return {**combined, "rounds": [run["output_tokens_per_s"] for run in runs]}
+
+
+def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        key: _medians([run[key] for run in runs])
+        if isinstance(value, dict)
+        else statistics.median(run[key] for run in runs)
+        for key, value in runs[0].items()
     }
 
 

@@ -16,6 +16,7 @@ from maca_serve.settings import (
     LENGTHS,
     LIMIT,
     OUTPUT_LEN,
+    REPEATS,
     WINDOWS,
 )
 from maca_serve.tasks import CONTINUATION
@@ -54,10 +55,17 @@ Tasks = Annotated[
 ]
 Limit = Annotated[int, typer.Option(help="At most this many questions of each task.")]
 Concurrency = Annotated[str, typer.Option(help="Requests in flight, one run for each.")]
-InputLen = Annotated[int, typer.Option(help="Prompt tokens of a timed request.")]
+InputLen = Annotated[str, typer.Option(help="Prompt tokens of a timed request; several: 32,512.")]
 OutputLen = Annotated[int, typer.Option(help="Output tokens of a timed request.")]
 Prompts = Annotated[
-    int | None, typer.Option(help="Requests of a run; 2 for each in flight by default, at least 4.")
+    int | None, typer.Option(help="Requests of a run; 2 for each in flight by default.")
+]
+Rates = Annotated[
+    str | None,
+    typer.Option(help="Also arrivals per second, e.g. 0.5,1,2; auto: shares of the base's peak."),
+]
+Repeats = Annotated[
+    int, typer.Option(help="Runs of each checkpoint under each load, in alternating order.")
 ]
 Names = Annotated[
     str | None, typer.Option(help="Names in results, a,b,c; folder names by default.")
@@ -122,9 +130,11 @@ def accuracy(
 def throughput(
     folders: Folders,
     concurrency: Concurrency = _join(CONCURRENCY),
-    input_len: InputLen = INPUT_LEN,
+    input_len: InputLen = _join(INPUT_LEN),
     output_len: OutputLen = OUTPUT_LEN,
     prompts: Prompts = None,
+    rates: Rates = None,
+    repeats: Repeats = REPEATS,
     names: Names = None,
     output: Output = None,
 ) -> None:
@@ -134,9 +144,11 @@ def throughput(
     results = measure.throughput(
         folders,
         concurrency=_numbers("--concurrency", concurrency),
-        input_len=input_len,
+        input_len=_numbers("--input-len", input_len),
         output_len=output_len,
         prompts=prompts,
+        rates=_rates(rates),
+        repeats=repeats,
         names=_split(names),
         output=output,
     )
@@ -155,9 +167,11 @@ def compare(
     tasks: Tasks = [CONTINUATION],  # noqa: B006
     limit: Limit = LIMIT,
     concurrency: Concurrency = _join(CONCURRENCY),
-    input_len: InputLen = INPUT_LEN,
+    input_len: InputLen = _join(INPUT_LEN),
     output_len: OutputLen = OUTPUT_LEN,
     prompts: Prompts = None,
+    rates: Rates = None,
+    repeats: Repeats = REPEATS,
     names: Names = None,
     output: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path(
         "runs/compare"
@@ -175,9 +189,11 @@ def compare(
         tasks=_split_tasks(tasks),
         limit=limit,
         concurrency=_numbers("--concurrency", concurrency),
-        input_len=input_len,
+        input_len=_numbers("--input-len", input_len),
         output_len=output_len,
         prompts=prompts,
+        rates=_rates(rates),
+        repeats=repeats,
         names=_split(names),
         output=output,
     )
@@ -328,3 +344,11 @@ def _numbers(option: str, value: str) -> list[int]:
         return [int(part) for part in value.split(",")]
     except ValueError:
         raise UserError(f"{option}: {value!r} is not a list of numbers such as 64,256") from None
+
+
+def _rates(value: str | None) -> list[float] | str:
+    """Requests per second, or a word, which the settings know or refuse."""
+    try:
+        return [float(part) for part in value.split(",")] if value is not None else []
+    except ValueError:
+        return str(value)

@@ -7,7 +7,7 @@ from typing import Any
 from maca_serve.accuracy_plan import plan_accuracy
 from maca_serve.checkpoint import open_all, require_quantized
 from maca_serve.machine import require_vllm
-from maca_serve.measure import measure
+from maca_serve.measure import measure, speed_settings
 from maca_serve.recovery import describe_intervals, recovery
 from maca_serve.report import render_report
 from maca_serve.results import check_output, write_json, write_text
@@ -17,9 +17,9 @@ from maca_serve.settings import (
     LENGTHS,
     LIMIT,
     OUTPUT_LEN,
+    REPEATS,
     WINDOWS,
     AccuracySettings,
-    SpeedSettings,
 )
 from maca_serve.summary import judge, rules
 from maca_serve.tasks import CONTINUATION
@@ -39,9 +39,11 @@ def compare(
     tasks: Sequence[str] = (CONTINUATION,),
     limit: int = LIMIT,
     concurrency: Sequence[int] = CONCURRENCY,
-    input_len: int = INPUT_LEN,
+    input_len: Sequence[int] = INPUT_LEN,
     output_len: int = OUTPUT_LEN,
     prompts: int | None = None,
+    rates: Sequence[float] | str = (),
+    repeats: int = REPEATS,
     names: Sequence[str] | None = None,
     output: str | Path = OUTPUT,
 ) -> dict[str, Any]:
@@ -55,10 +57,12 @@ def compare(
         windows: target blocks of 32 tokens.
         tasks: JSONL files, `continuation`, `needle`, `copy`, lm-eval task names, `usual`.
         limit: at most this many questions of each task.
-        concurrency: see `throughput`, as are input_len, output_len and prompts.
-        input_len: random prompt tokens of a request.
+        concurrency: see `throughput`, as are all down to repeats.
+        input_len: random prompt tokens of a request, every concurrency for each.
         output_len: output tokens of a request.
         prompts: requests of a run.
+        rates: requests per second, one run for each.
+        repeats: runs of every checkpoint under every load.
         names: what results call the checkpoints, the base first; folder names when None.
         output: folder for results.json and report.html, which are replaced if there.
 
@@ -72,7 +76,7 @@ def compare(
     accuracy = AccuracySettings(
         Path(text) if text else None, tuple(lengths), windows, tuple(tasks), limit
     )
-    speed = SpeedSettings(tuple(concurrency), input_len, output_len, prompts)
+    speed = speed_settings(concurrency, input_len, output_len, prompts, rates, repeats)
     folders = [Path(base), *map(Path, paths)]
     checkpoints = open_all(folders, list(names) if names is not None else None)
     for checkpoint in checkpoints[1:]:

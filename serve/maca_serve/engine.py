@@ -77,7 +77,7 @@ class Engine:
     @property
     def kernel(self) -> str:
         """The linear kernels that vLLM chose, as its log names them."""
-        kernels = find_kernels(self._lines())
+        kernels = find_kernels(self.log_lines)
         if kernels:
             return ", ".join(kernels)
         if self.checkpoint.quantized:
@@ -87,7 +87,12 @@ class Engine:
     @property
     def dtype(self) -> str | None:
         """What it computes in (`bfloat16`), None where its log does not say."""
-        return find_dtype(self._lines())
+        return find_dtype(self.log_lines)
+
+    @property
+    def log_lines(self) -> list[str]:
+        """What vLLM printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def client(self) -> Client:
         """A client for its completions."""
@@ -168,7 +173,7 @@ class Engine:
                     raise self._failure(f"said nothing for {SILENT_SECONDS:.0f} s while starting")
                 # The bar stays short of full: nobody knows how long a large model takes.
                 done = min(now - began, 0.98 * EXPECTED_SECONDS)
-                bar.update(task, completed=done, note=last_message(self._lines()))
+                bar.update(task, completed=done, note=last_message(self.log_lines))
                 time.sleep(POLL_SECONDS)
             bar.update(task, completed=EXPECTED_SECONDS, note="ready")
         self.start_seconds = time.monotonic() - began
@@ -187,15 +192,12 @@ class Engine:
         return False
 
     def _failure(self, what: str) -> EngineError:
-        lines = self._lines()
+        lines = self.log_lines
         code = self._exit_code()
         cause = find_cause(lines) or (f"exit code {code}" if code is not None else "no error named")
         return EngineError(
             f"{self.checkpoint.path}: vLLM {what}: {cause} (log: {self.log})", tail(lines, LOG_TAIL)
         )
-
-    def _lines(self) -> list[str]:
-        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def _stop(self, *, keep_log: bool) -> None:
         if self._process is not None:

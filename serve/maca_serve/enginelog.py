@@ -10,6 +10,12 @@ _KERNEL = re.compile(
 )
 _WEIGHTS = re.compile(r"Model loading took (?P<gib>[\d.]+) GiB")
 _DTYPE = re.compile(r"Initializing a V1 LLM engine .*?\bdtype=torch\.(?P<dtype>\w+)")
+# With CUDA the first is what the profiling run left, on a CPU it is what was asked for.
+_CACHE_BYTES = re.compile(
+    r"(?:Available KV cache memory: (?P<cuda>[\d.]+) GiB"
+    r"|set \((?P<cpu>[\d.]+)/[\d.]+\) GiB for KV cache)"
+)
+_CACHE_TOKENS = re.compile(r"KV cache size: (?P<tokens>[\d,]+) tokens")
 _PREFIX = re.compile(r"^\([\w\- ]+pid=\d+\) (?:(?:ERROR|INFO|WARNING) [\d\- :]+\[[^]]+\] ?)?")
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<type>\w+(?:Error|Exception)): (?P<message>.+)")
 # A child that was killed, for instance by the kernel for want of memory, has no exception.
@@ -40,6 +46,16 @@ def find_dtype(lines: list[str]) -> str | None:
     """The dtype that the engine computes in, e.g. `bfloat16`, None where the log does not say."""
     found = (_DTYPE.search(line) for line in lines)
     return next((match["dtype"] for match in found if match), None)
+
+
+def find_cache(lines: list[str]) -> tuple[int | None, int | None]:
+    """Bytes of the KV cache and the tokens it holds, None where the log does not say."""
+    sizes = [match["cuda"] or match["cpu"] for match in map(_CACHE_BYTES.search, lines) if match]
+    tokens = [match["tokens"] for match in map(_CACHE_TOKENS.search, lines) if match]
+    return (
+        round(float(sizes[0]) * 1024**3) if sizes else None,
+        int(tokens[0].replace(",", "")) if tokens else None,
+    )
 
 
 def find_cause(lines: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Measure checkpoints one after another, one engine start for each."""
+"""Measure checkpoints through running engines: accuracy one after another, speed in turn."""
 
 import contextlib
 import time
@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from maca_serve.accuracy_plan import AccuracyPlan, plan_accuracy
+from maca_serve.alternation import schedule
+from maca_serve.bandwidth import copy_bandwidth
 from maca_serve.bench import Benchmark
+from maca_serve.breakeven import break_even
 from maca_serve.checkpoint import Checkpoint, open_all
 from maca_serve.console import progress
 from maca_serve.engine import Engine
 from maca_serve.errors import UserError
-from maca_serve.fit import fit
+from maca_serve.fit import Fit, fit
 from maca_serve.machine import describe_machine, require_vllm, versions
 from maca_serve.results import check_output, write_json
 from maca_serve.settings import (
@@ -21,11 +24,14 @@ from maca_serve.settings import (
     LENGTHS,
     LIMIT,
     OUTPUT_LEN,
+    REPEATS,
     WINDOWS,
     AccuracySettings,
     SpeedSettings,
 )
 from maca_serve.tasks import CONTINUATION
+from maca_serve.timing import Timing
+from maca_serve.traffic import bandwidth_share, memory
 
 
 def accuracy(
@@ -72,20 +78,25 @@ def throughput(
     paths: Sequence[str | Path],
     *,
     concurrency: Sequence[int] = CONCURRENCY,
-    input_len: int = INPUT_LEN,
+    input_len: Sequence[int] = INPUT_LEN,
     output_len: int = OUTPUT_LEN,
     prompts: int | None = None,
+    rates: Sequence[float] | str = (),
+    repeats: int = REPEATS,
     names: Sequence[str] | None = None,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
     """Latency and throughput by vLLM's own benchmark: TTFT, TPOT, end to end, tokens per second.
 
     Args:
-        paths: checkpoint folders, quantized or not.
+        paths: checkpoint folders, quantized or not; the others are compared with the first.
         concurrency: requests in flight, one run for each.
-        input_len: random prompt tokens of a request.
+        input_len: random prompt tokens of a request, every concurrency for each.
         output_len: output tokens of a request.
-        prompts: requests of a run; two for each in flight, at least 4, when None.
+        prompts: requests of a run; two for each in flight when None.
+        rates: requests per second, one run for each; "auto" for shares of what the first
+            checkpoint reached with requests in flight.
+        repeats: runs of every checkpoint under every load, in alternating order.
         names: what results call the checkpoints; their folders' names when None.
         output: a JSON file to write.
 
@@ -96,41 +107,70 @@ def throughput(
         UserError: bad input, before anything runs; EngineError and RequestError are of this type.
     """
     require_vllm()
-    settings = SpeedSettings(tuple(concurrency), input_len, output_len, prompts)
+    settings = speed_settings(concurrency, input_len, output_len, prompts, rates, repeats)
     checkpoints = open_all([Path(path) for path in paths], _as_list(names))
     check_output(output)
     return _finish(measure(checkpoints, None, settings), output)
 
 
+def speed_settings(
+    concurrency: Sequence[int],
+    input_len: Sequence[int],
+    output_len: int,
+    prompts: int | None,
+    rates: Sequence[float] | str,
+    repeats: int,
+) -> SpeedSettings:
+    """Settings of what `throughput` takes; raises UserError as they do."""
+    rates = rates if isinstance(rates, str) else tuple(rates)
+    return SpeedSettings(tuple(concurrency), tuple(input_len), output_len, prompts, rates, repeats)
+
+
 def measure(
-    checkpoints: list[Checkpoint], plan: AccuracyPlan | None, speed: SpeedSettings | None
+    checkpoints: list[Checkpoint],
+    plan: AccuracyPlan | None,
+    speed: SpeedSettings | None,
+    fits: list[Fit] | None = None,
 ) -> dict[str, Any]:
     """Measure accuracy, speed or both.
 
     Args:
-        checkpoints: in this order, each on an engine of its own.
+        checkpoints: in this order; the others' speed is compared with the first's.
         plan: for accuracy, or None.
         speed: for throughput, or None.
+        fits: settings of the engines; fit for the machine when None.
 
     Returns:
-        {"machine", "versions", "settings", "checkpoints"}.
+        {"machine", "versions", "settings", "schedule", "checkpoints"}.
 
     Raises:
         UserError: requests that do not fit a model's context, or a failing engine.
     """
     version = require_vllm()
-    longest = _longest_request(plan, speed)
     for checkpoint in checkpoints:
         _require_fits(checkpoint, speed)
-    fits = [fit(checkpoint, version, measured=longest) for checkpoint in checkpoints]
+    longest = max(plan.longest if plan else 0, speed.longest if speed else 0)
+    fits = fits or [fit(checkpoint, version, measured=longest) for checkpoint in checkpoints]
+    repeats = speed.repeats if speed else 0
+    visits = schedule(checkpoints, fits, version, repeats)
+    machine = describe_machine()
+    if speed:
+        machine["copy_bandwidth"] = copy_bandwidth(version)
+    entries: list[dict[str, Any]] = [{} for _ in checkpoints]
     with contextlib.ExitStack() as stack:
         benchmark = stack.enter_context(Benchmark(speed)) if speed else None
-        entries = []
-        for checkpoint, settings in zip(checkpoints, fits, strict=True):
-            with Engine(checkpoint, settings) as engine:
-                entries.append(_measure_one(engine, plan, benchmark))
+        timing = Timing(benchmark, checkpoints[0].name) if benchmark else None
+        for visit in visits.visits:
+            engines = [Engine(checkpoints[place], fits[place]) for place in visit.checkpoints]
+            with contextlib.ExitStack() as up:
+                for place, engine in zip(visit.checkpoints, engines, strict=True):
+                    _opened(entries[place], up.enter_context(engine), plan)
+                if timing:
+                    timing.run(engines, visit.rounds)
+    if timing:
+        _add_speed(entries, checkpoints, timing, machine["copy_bandwidth"]["bytes_per_s"])
     return {
-        "machine": describe_machine(),
+        "machine": machine,
         "versions": versions(),
         "settings": {
             "accuracy": plan.describe() if plan else None,
@@ -140,32 +180,42 @@ def measure(
                 for checkpoint, s in zip(checkpoints, fits, strict=True)
             },
         },
+        "schedule": visits.describe([checkpoint.name for checkpoint in checkpoints], repeats),
         "checkpoints": entries,
     }
 
 
-def _measure_one(
-    engine: Engine, plan: AccuracyPlan | None, benchmark: Benchmark | None
-) -> dict[str, Any]:
+def _opened(entry: dict[str, Any], engine: Engine, plan: AccuracyPlan | None) -> None:
+    """At the first start of a checkpoint's engine all but speed; at a second the time it took."""
+    if entry:
+        entry["seconds"]["start"] = round(entry["seconds"]["start"] + engine.start_seconds, 1)
+        return
     checkpoint = engine.checkpoint
-    entry: dict[str, Any] = {
+    entry |= {
         "name": checkpoint.name,
         "path": str(checkpoint.path),
         "scheme": checkpoint.scheme,
         "kernel": engine.kernel,
         "dtype": engine.dtype,
         "size_bytes": checkpoint.size_bytes,
+        "memory": memory(checkpoint, engine.log_lines),
         "seconds": {"start": round(engine.start_seconds, 1)},
     }
-    began = time.monotonic()
     if plan is not None:
+        began = time.monotonic()
         entry |= _score(engine, plan)
         entry["seconds"]["accuracy"] = round(time.monotonic() - began, 1)
-    began = time.monotonic()
-    if benchmark is not None:
-        entry["throughput"] = _bench(engine, benchmark)
-        entry["seconds"]["throughput"] = round(time.monotonic() - began, 1)
-    return entry
+
+
+def _add_speed(
+    entries: list[dict[str, Any]], checkpoints: list[Checkpoint], timing: Timing, copied: float
+) -> None:
+    for entry, checkpoint in zip(entries, checkpoints, strict=True):
+        entry |= timing.results(entry["name"])
+        entry["seconds"]["throughput"] = round(timing.seconds(entry["name"]), 1)
+        entry["bandwidth"] = bandwidth_share(checkpoint, entry["throughput"], copied)
+        if entry is not entries[0]:
+            entry["break_even"] = break_even(entries[0], entry)
 
 
 def _score(engine: Engine, plan: AccuracyPlan) -> dict[str, Any]:
@@ -178,31 +228,12 @@ def _score(engine: Engine, plan: AccuracyPlan) -> dict[str, Any]:
         return plan.score(engine.checkpoint, engine.client(), engine.url, advance)
 
 
-def _bench(engine: Engine, benchmark: Benchmark) -> dict[str, Any]:
-    levels = benchmark.settings.concurrency
-    with progress() as bar:
-        task = bar.add_task(f"timing {engine.checkpoint.name}", total=len(levels), note="")
-        results = {}
-        for concurrency in levels:
-            bar.update(task, note=f"{concurrency} in flight")
-            results[str(concurrency)] = benchmark.run(engine, concurrency)
-            bar.update(task, advance=1)
-    return results
-
-
-def _longest_request(plan: AccuracyPlan | None, speed: SpeedSettings | None) -> int:
-    return max(
-        plan.longest if plan else 0,
-        speed.input_len + speed.output_len if speed else 0,
-    )
-
-
 def _require_fits(checkpoint: Checkpoint, speed: SpeedSettings | None) -> None:
     if speed is None or checkpoint.context is None:
         return
-    if speed.input_len + speed.output_len > checkpoint.context:
+    if speed.longest > checkpoint.context:
         raise UserError(
-            f"--input-len {speed.input_len} and --output-len {speed.output_len} are together"
+            f"--input-len {max(speed.input_len)} and --output-len {speed.output_len} are together"
             f" longer than the context of {checkpoint.path}, {checkpoint.context}"
         )
 

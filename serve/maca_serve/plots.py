@@ -176,33 +176,6 @@ def size_plot(entries: list[Entry]) -> str:
     return _single(draw, "size", legend=False, height=0.5 + 0.45 * len(entries))
 
 
-def speed_plot(entries: list[Entry]) -> str:
-    """TTFT, TPOT and output tokens per second, by requests in flight."""
-    panels = {
-        "time to first token, ms\n(median; lower is better)": ("ttft_ms", "median"),
-        "time per output token, ms\n(median; lower is better)": ("tpot_ms", "median"),
-        "output tokens per second\n(higher is better)": ("output_tokens_per_s",),
-    }
-    levels = list(entries[0]["throughput"])
-    with plt.rc_context(STYLE):
-        figure, row = plt.subplots(1, len(panels), figsize=(10.5, 3.2))
-        for axes, (title, keys) in zip(row, panels.items(), strict=True):
-            for index, entry in enumerate(entries):
-                values = [_reach(entry["throughput"][level], keys) for level in levels]
-                _bars(axes, entries, index, values)
-            axes.set_title(title, fontsize=9.5)
-            axes.set_xticks(range(len(levels)), levels)
-            axes.set_xlabel("requests in flight")
-        figure.legend(
-            *row[0].get_legend_handles_labels(),
-            loc="upper center",
-            ncols=len(entries),
-            bbox_to_anchor=(0.5, 0.0),
-        )
-        figure.tight_layout()
-    return to_svg(figure, "speed")
-
-
 def _single(
     draw: Callable[[Axes], None], name: str, *, legend: bool = True, height: float = 3.4
 ) -> str:
@@ -267,9 +240,3 @@ def _length_axis(axes: Axes, entry: Entry) -> None:
     axes.set_xticks(_lengths(entry), [str(length) for length in _lengths(entry)])
     axes.minorticks_off()
     axes.set_xlabel("input length, tokens")
-
-
-def _reach(value: Any, keys: tuple[str, ...]) -> float:
-    for key in keys:
-        value = value[key]
-    return float(value)

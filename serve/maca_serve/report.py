@@ -13,10 +13,11 @@ from maca_serve.plots import (
     probe_plot,
     recovery_plot,
     size_plot,
-    speed_plot,
     tasks_plot,
 )
 from maca_serve.recovery import headline
+from maca_serve.speed_plots import speed_figures
+from maca_serve.speed_view import speed_grids
 from maca_serve.summary import headline as first_line
 
 
@@ -47,6 +48,8 @@ def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str
         first_line=first_line(results),
         plots={name: Markup(svg) for name, svg in _plots(results).items()},
         probe_plots=[Markup(probe_plot(entries, name)) for name in entries[0]["probes"]],
+        speed_figures=[(Markup(svg), caption) for svg, caption in speed_figures(entries)],
+        speed_grids=list(speed_grids(results)),
         inspections=[_inspect(checkpoint) for checkpoint in checkpoints],
         losses=_markup(losses_plot(checkpoints)),
         notable_ratio=NOTABLE_RATIO,
@@ -77,7 +80,6 @@ def _plots(results: dict[str, Any]) -> dict[str, str]:
     plots = {
         "perplexity": perplexity_plot(entries),
         "recovery": recovery_plot(entries, results["settings"]["rules"]["kept_percent"]),
-        "speed": speed_plot(entries),
         "size": size_plot(entries),
     }
     if entries[0]["tasks"]:

@@ -1,10 +1,12 @@
 """What is measured, and the defaults of every command."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maca_serve.errors import UserError
+from maca_serve.loads import PEAK_SHARES, Load
 from maca_serve.tasks import CONTINUATION
 
 # On two cores vLLM scores some 700 tokens of a 135M model a second: with these, a checkpoint
@@ -13,8 +15,12 @@ LENGTHS = (64, 256, 1024)
 WINDOWS = 12
 LIMIT = 32
 CONCURRENCY = (1, 4)
-INPUT_LEN = 128
+INPUT_LEN = (128,)
 OUTPUT_LEN = 32
+REPEATS = 2
+AUTO = "auto"
+# Arrivals of a rate are measured for about this long, with at least so many requests.
+RATE_SECONDS, RATE_PROMPTS = 20, 8
 SEED = 0
 
 
@@ -50,35 +56,71 @@ class SpeedSettings:
 
     Attributes:
         concurrency: requests in flight, one run for each.
-        input_len: random prompt tokens of a request.
+        input_len: random prompt tokens of a request, every concurrency for each.
         output_len: output tokens of a request, end-of-text ignored.
-        prompts: requests of a run; two for each in flight, at least 4, when None.
-        seed: of the prompts.
+        prompts: requests of a run; when None, two for each in flight, or RATE_SECONDS of
+            arrivals, at least RATE_PROMPTS.
+        rates: requests per second, one run for each; AUTO for shares of what the first checkpoint
+            reached; none when empty.
+        repeats: runs of every checkpoint under every load, in alternating order.
+        seed: of the prompts and of their arrivals.
     """
 
     concurrency: tuple[int, ...] = CONCURRENCY
-    input_len: int = INPUT_LEN
+    input_len: tuple[int, ...] = INPUT_LEN
     output_len: int = OUTPUT_LEN
     prompts: int | None = None
+    rates: tuple[float, ...] | str = ()
+    repeats: int = REPEATS
     seed: int = SEED
 
     def __post_init__(self) -> None:
         """Raise UserError for numbers that are not positive, or an empty or repeated list."""
-        numbers = {"--input-len": self.input_len, "--prompts": self.prompts}
-        for option, number in numbers.items():
+        for option, number in {"--prompts": self.prompts, "--repeats": self.repeats}.items():
             if number is not None and number < 1:
                 raise UserError(f"{option}: {number} is not positive")
         if self.output_len < 2:
             raise UserError(f"--output-len: {self.output_len} has no time per output token; use 2")
-        if not self.concurrency or min(self.concurrency) < 1:
-            raise UserError("--concurrency: give positive numbers, e.g. 1,4")
-        if len(set(self.concurrency)) != len(self.concurrency):
-            raise UserError("--concurrency: a number stands twice")
+        _check_list("--concurrency", self.concurrency, "1,4")
+        _check_list("--input-len", self.input_len, "32,512")
+        if isinstance(self.rates, str):
+            if self.rates != AUTO:
+                raise UserError(f"--rates: {self.rates!r} is not {AUTO}, nor numbers like 0.5,1")
+        elif self.rates:
+            _check_list("--rates", self.rates, "0.5,1,2")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and output."""
+        return max(self.input_len) + self.output_len
+
+    @property
+    def closed_loads(self) -> list[Load]:
+        """Every concurrency at every prompt length."""
+        return [Load(n, concurrency=c) for n in self.input_len for c in self.concurrency]
+
+    @property
+    def count(self) -> int:
+        """Loads, those by rate included."""
+        rates = len(PEAK_SHARES) if self.rates == AUTO else len(self.rates)
+        return len(self.input_len) * (len(self.concurrency) + rates)
 
     def describe(self) -> dict[str, Any]:
         """The settings as they go into results."""
-        return {**vars(self), "concurrency": list(self.concurrency)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
-    def prompts_at(self, concurrency: int) -> int:
-        """Requests of the run with that many in flight."""
-        return self.prompts or max(4, 2 * concurrency)
+    def prompts_under(self, load: Load) -> int:
+        """Requests of a run."""
+        if self.prompts:
+            return self.prompts
+        if load.rate is not None:
+            return max(RATE_PROMPTS, math.ceil(RATE_SECONDS * load.rate))
+        assert load.concurrency is not None
+        return 2 * load.concurrency
+
+
+def _check_list(option: str, numbers: tuple[float, ...], example: str) -> None:
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise UserError(f"{option}: give positive numbers, e.g. {example}")
+    if len(set(numbers)) != len(numbers):
+        raise UserError(f"{option}: a number stands twice")

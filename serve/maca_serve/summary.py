@@ -2,11 +2,10 @@
 
 from typing import Any
 
+from maca_serve.breakeven import FASTER, MARGIN, SAME, SLOWER
+
 # Percent of the base that must be left, at every length.
 KEPT = 95.0
-# A ratio closer to 1 than this is called neither faster nor slower: short runs scatter as much.
-SAME_SPEED = 0.05
-FASTER, SAME, SLOWER = "faster", "about as fast", "slower"
 
 Entry = dict[str, Any]
 
@@ -36,11 +35,11 @@ def judge(base: Entry, entry: Entry) -> dict[str, Any]:
 
     Args:
         base: results of the base.
-        entry: results of this one, with its recovery.
+        entry: results of this one, with its recovery and break-even.
 
     Returns:
         {"verdict", "sentence": with its numbers, "worst_length", "size_percent": of the base's
-        bytes, "speed": {load: {"ratio": of output tokens per second to the base's, "verdict"}},
+        bytes, "speed": {load: see `maca_serve.breakeven.ratio`},
         "lost" and "watch": what lies below KEPT for sure}.
     """
     percents = entry["recovery"]["perplexity"]
@@ -48,7 +47,7 @@ def judge(base: Entry, entry: Entry) -> dict[str, Any]:
     found = {
         "worst_length": worst,
         "size_percent": 100.0 * entry["size_bytes"] / base["size_bytes"],
-        "speed": _speed(base, entry),
+        "speed": _speed(entry),
         "lost": _lost(entry),
         "watch": _watch(entry),
     }
@@ -58,7 +57,7 @@ def judge(base: Entry, entry: Entry) -> dict[str, Any]:
 
 def rules() -> dict[str, Any]:
     """Thresholds and rules, for results."""
-    return {"kept_percent": KEPT, "same_speed": SAME_SPEED, "verdicts": RULES}
+    return {"kept_percent": KEPT, "same_speed": MARGIN, "verdicts": RULES}
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -96,13 +95,14 @@ def _verdict(entry: Entry, found: dict[str, Any]) -> str:
     return USE_AT.format(" or ".join(faster)) if faster else MEMORY
 
 
-def _speed(base: Entry, entry: Entry) -> dict[str, Any]:
-    ratios = {
-        f"{level} in flight": run["output_tokens_per_s"]
-        / base["throughput"][level]["output_tokens_per_s"]
-        for level, run in entry["throughput"].items()
+def _speed(entry: Entry) -> dict[str, Any]:
+    """By load in words; prompts are named where there are several lengths."""
+    ratios = entry["break_even"]["ratios"]
+    return {
+        f"{level} in flight" + (f" at prompts of {length}" if len(ratios) > 1 else ""): found
+        for length, by_level in ratios.items()
+        for level, found in by_level.items()
     }
-    return {load: {"ratio": ratio, "verdict": _in_words(ratio)} for load, ratio in ratios.items()}
 
 
 def _low(entry: Entry, length: str) -> float:
@@ -150,9 +150,3 @@ def _percent(value: float, interval: list[float] | None) -> str:
     if interval is None:
         return f"{value:.1f} %"
     return f"{value:.1f} % ({interval[0]:.1f} to {interval[1]:.1f})"
-
-
-def _in_words(ratio: float) -> str:
-    if ratio < 1 - SAME_SPEED:
-        return SLOWER
-    return FASTER if ratio > 1 + SAME_SPEED else SAME

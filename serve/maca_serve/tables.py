@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from maca_serve.recovery import headline
+from maca_serve.speed_view import speed_grids
 
 Entry = dict[str, Any]
 
@@ -21,7 +22,11 @@ def result_tables(results: dict[str, Any]) -> Iterator[Table]:
         for name in entries[0]["probes"]:
             yield _probe(entries, name)
     if "throughput" in entries[0]:
-        yield _throughput(entries)
+        for grid in speed_grids(results):
+            table = _table(*grid.columns)
+            for row in grid.rows:
+                table.add_row(*row)
+            yield table
 
 
 def _checkpoints(entries: list[Entry]) -> Table:
@@ -59,25 +64,6 @@ def _probe(entries: list[Entry], name: str) -> Table:
         values = [entry["probes"][name][length] for length in lengths]
         cells = [f"{value['logprob']:.2f} ({100 * value['right']:.0f} %)" for value in values]
         table.add_row(entry["name"], *cells, *_recovery(entry, "probes", name))
-    return table
-
-
-def _throughput(entries: list[Entry]) -> Table:
-    table = _table(
-        "speed", "in flight", "TTFT ms", "TPOT ms", "E2EL ms", "p99", "out tok/s", "tok/s"
-    )
-    for entry in entries:
-        for level, run in entry["throughput"].items():
-            table.add_row(
-                entry["name"],
-                level,
-                f"{run['ttft_ms']['median']:.0f}",
-                f"{run['tpot_ms']['median']:.1f}",
-                f"{run['e2el_ms']['median']:.0f}",
-                f"{run['e2el_ms']['p99']:.0f}",
-                f"{run['output_tokens_per_s']:.1f}",
-                f"{run['total_tokens_per_s']:.1f}",
-            )
     return table
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -117,6 +118,23 @@ def test_accuracy_prints_a_table(fake_vllm, quantized, text, tmp_path):
     assert "perplexity at length" in done.stdout
     assert "continuation" in done.stdout
     assert (tmp_path / "a.json").is_file()
+
+
+def test_throughput_takes_lengths_and_rates(fake_vllm, base, quantized, tmp_path):
+    options = ["--input-len", "32,64", "--rates", "0.5", "--repeats", "1", "--concurrency", "1"]
+    done = call("throughput", base, quantized, *options, "--output", tmp_path / "s.json")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"w4 +64 tokens in +nowhere", done.stdout)
+    assert re.search(r"w4 +64 +0.5 +2.00", done.stdout)
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    settings = json.loads((tmp_path / "s.json").read_text())["settings"]["speed"]
+    assert (settings["input_len"], settings["rates"]) == ([32, 64], [0.5])
+
+
+def test_rates_that_are_none(fake_vllm, quantized):
+    done = call("throughput", quantized, "--rates", "fast")
+    assert done.returncode == 2
+    assert "error: --rates: 'fast' is not auto" in done.stderr
 
 
 def test_help_is_fast_and_loads_nothing_heavy():

@@ -27,7 +27,19 @@ def test_both_files_and_their_numbers(fake_vllm, base, quantized, settings):
     assert list(second["perplexity"]) == ["40", "64", "128"]
     assert set(second["perplexity"]["64"]) >= {"ppl", "stderr", "nll"}
     assert set(second["tasks"]["continuation"]) >= {"acc", "acc_stderr", "acc_norm"}
-    assert list(second["throughput"]) == ["1", "4"]
+    assert {n: list(runs) for n, runs in second["throughput"].items()} == {"128": ["1", "4"]}
+    assert second["throughput"]["128"]["4"]["rounds"] == [40.0, 40.0]
+    assert second["break_even"]["by_length"] == {"128": {"faster_at": [], "stops_at": None}}
+    assert second["memory"] == {
+        "weights_bytes": 1000,
+        "weights_source": "files",
+        "kv_cache_bytes": 1024**3,
+        "kv_cache_tokens": 46592,
+    }
+    # The fake's weights are no safetensors file.
+    assert "not a safetensors file" in second["bandwidth"]["not_computed"]
+    assert results["schedule"]["order"] == ["base", "w4", "w4", "base"]
+    assert results["machine"]["copy_bandwidth"]["bytes_per_s"] > 1e8
     # The fake engine does not read weights: both are equally good.
     everywhere = ["40", "64", "128", "mean"]
     kept = second["recovery"]
@@ -64,7 +76,8 @@ def by_hand(ids, place):
 def test_each_part_alone_writes_its_file(fake_vllm, base, quantized, text, tmp_path):
     results = throughput([base, quantized], concurrency=[2], output=tmp_path / "speed.json")
     assert json.loads((tmp_path / "speed.json").read_text()) == results
-    assert [list(e["throughput"]) for e in results["checkpoints"]] == [["2"], ["2"]]
+    assert [list(e["throughput"]["128"]) for e in results["checkpoints"]] == [["2"], ["2"]]
+    assert "break_even" not in results["checkpoints"][0]
     assert all("perplexity" not in entry for entry in results["checkpoints"])
     results = accuracy([quantized], text=text, names=["mine"], **SMALL)
     assert results["checkpoints"][0]["name"] == "mine"
@@ -119,7 +132,8 @@ def test_lengths_up_to_the_context_and_probes(fake_vllm, make_checkpoint, text):
         ({"tasks": ["usual", "boolq"]}, "the name 'boolq' is taken"),
         ({"tasks": ["nope.jsonl"]}, "nope.jsonl: no such file"),
         ({"concurrency": [0]}, "--concurrency"),
-        ({"input_len": 500, "output_len": 13}, "together longer than the context"),
+        ({"rates": "fast"}, "--rates"),
+        ({"input_len": [32, 500], "output_len": 13}, "together longer than the context"),
         ({"names": ["one"]}, "1 names for 2"),
         ({"output": "/dev/null/nope"}, "cannot be written"),
     ],

@@ -22,7 +22,7 @@ def headers(**tensors):
     found = {}
     for name, (dtype, *shape) in tensors.items():
         name = name.replace("__", ".")
-        found[name] = Tensor(name, dtype, tuple(shape), Path("unread"), 0)
+        found[name] = Tensor(name, dtype, tuple(shape), Path("unread"), 0, 0)
     return found
 
 
@@ -88,7 +88,7 @@ def test_three_bits_packed_ten_to_a_word(tmp_path):
     packed = {"up__weight_packed": ("I32", 8, 13), "up__weight_scale": ("BF16", 8, 2)}
     (tmp_path / "values").write_bytes((8).to_bytes(8, "little") + (128).to_bytes(8, "little"))
     tensors = headers(**packed)
-    size = Tensor("up.weight_shape", "I64", (2,), tmp_path / "values", 0)
+    size = Tensor("up.weight_shape", "I64", (2,), tmp_path / "values", 0, 16)
     (problem,) = check({**tensors, size.name: size}, config(num_bits=3)).problems
     assert "10 codes of 3 bits per word, where vLLM reads 12 words" in problem.what
 

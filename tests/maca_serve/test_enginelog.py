@@ -1,5 +1,6 @@
 import pytest
 from maca_serve.enginelog import (
+    find_cache,
     find_cause,
     find_dtype,
     find_kernels,
@@ -69,6 +70,15 @@ def test_a_killed_worker_is_the_cause_of_what_follows():
         CORE + "RuntimeError: cancelled",
     ]
     assert find_cause(lines) == "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
+
+
+def test_memory_of_the_cache():
+    tokens = CORE + "%s KV cache size: 46,592 tokens, Maximum concurrency for 8,192 tokens: 5.69x"
+    cpu = [WORKER + "Explicitly set (1.5/23.54) GiB for KV cache on node 0.", tokens % "CPU"]
+    cuda = [WORKER + "Available KV cache memory: 60.25 GiB", tokens % "GPU"]
+    assert find_cache(cpu) == (1.5 * 1024**3, 46592)
+    assert find_cache(cuda) == (60.25 * 1024**3, 46592)
+    assert find_cache([WORKER + "Starting to load model"]) == (None, None)
 
 
 def test_tail_is_what_it_said_last():

@@ -2,7 +2,7 @@ import pytest
 from maca_serve import fit as module
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.errors import UserError
-from maca_serve.fit import GIB, fit, kv_bytes_per_token
+from maca_serve.fit import ENGINE_BYTES, GIB, fit, kv_bytes_per_token, memory_needed
 
 CPU, CUDA = "0.32.0+cpu", "0.32.0"
 
@@ -69,6 +69,11 @@ def test_cache_grows_with_the_model(make_checkpoint):
     assert kv_bytes_per_token(checkpoint.config) == 2 * 2 * 32 * 8 * 128
     # Half a GiB for each of 4 sequences.
     assert fit(checkpoint, CPU).environment["VLLM_CPU_KVCACHE_SPACE"] == "2"
+
+
+def test_memory_of_an_engine(quantized):
+    checkpoint = open_checkpoint(quantized)
+    assert memory_needed(checkpoint, fit(checkpoint, CPU)) == 1000 + GIB + ENGINE_BYTES
 
 
 def test_too_little_memory(quantized, monkeypatch):

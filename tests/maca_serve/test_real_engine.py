@@ -39,7 +39,7 @@ def test_compare(checkpoints, tmp_path):
     first, second = json.loads((tmp_path / "results.json").read_text())["checkpoints"]
     assert first["kernel"] == "none (BF16)"
     assert second["kernel"].endswith("LinearKernel")
-    assert second["throughput"]["1"]["requests"] == 2
+    assert second["throughput"]["128"]["1"]["requests"] == 4
     assert 30 < second["recovery"]["perplexity"]["mean"] < 130
     assert first["perplexity"]["128"]["ppl"] < first["perplexity"]["64"]["ppl"]
     assert results["checkpoints"][0]["size_bytes"] > second["size_bytes"]

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from maca_serve.breakeven import break_even
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.inspection import diagonal_views, relative_diagonals, run_rows
 from maca_serve.recovery import describe_intervals, recovery
@@ -48,7 +49,7 @@ def entry(name, speed, nll, size):
         "right_stderr": 0.1,
         "prompts": 3,
     }
-    run = {f"{m}_ms": {"median": 5.0, "p99": 9.0} for m in ("ttft", "tpot", "itl", "e2el")}
+    run = {f"{m}_ms": {"mean": 6.0, "median": 5.0, "p99": 9.0} for m in ("ttft", "tpot", "e2el")}
     return {
         "name": name,
         "scheme": "BF16" if name == "base" else "W4A16 int, group 64, symmetric",
@@ -67,9 +68,23 @@ def entry(name, speed, nll, size):
             "named": {"metric": "exact_match", "exact_match": 0.25, "questions": 8},
         },
         "throughput": {
-            level: {**run, "output_tokens_per_s": s, "total_tokens_per_s": 5 * s}
-            for level, s in speed.items()
+            "128": {
+                level: {
+                    **run,
+                    "output_tokens_per_s": s,
+                    "total_tokens_per_s": 5 * s,
+                    "rounds": [s, s],
+                }
+                for level, s in speed.items()
+            }
         },
+        "memory": {
+            "weights_bytes": size,
+            "weights_source": "files",
+            "kv_cache_bytes": None,
+            "kv_cache_tokens": None,
+        },
+        "bandwidth": {"weights_bytes_per_token": size, "bytes_per_s": 1e9, "share": 0.42},
     }
 
 
@@ -81,9 +96,15 @@ def results():
     ]
     for each in entries:
         each["recovery"] = recovery(entries[0], each)
+    entries[1]["break_even"] = break_even(entries[0], entries[1])
     entries[1]["verdict"] = judge(*entries)
     return {
-        "machine": {"cpu": "Some CPU", "cores": 2, "gpus": []},
+        "machine": {
+            "cpu": "Some CPU",
+            "cores": 2,
+            "gpus": [],
+            "copy_bandwidth": {"bytes_per_s": 12.3e9, "on": "CPU, 2 threads"},
+        },
         "versions": {"vllm": "0.32.0+cpu"},
         "settings": {
             "accuracy": {
@@ -93,7 +114,13 @@ def results():
             },
             "intervals": describe_intervals(),
             "rules": rules(),
-            "speed": {"input_len": 128, "output_len": 32},
+            "speed": {"input_len": [128], "output_len": 32, "repeats": 2},
+        },
+        "schedule": {
+            "engines": "together",
+            "why": "there is room",
+            "starts": 2,
+            "order": ["base", "w4", "w4", "base"],
         },
         "checkpoints": entries,
     }
@@ -131,8 +158,8 @@ def test_page_fetches_nothing_and_has_every_plot(results, checkpoints):
     assert not {"script", "link", "iframe", "object"} & set(page.elements)
     assert "@import" not in html
     assert not re.search(r"url\((?!#)", html)
-    # Size, perplexity, recovery, tasks, two probes, speed, losses, one diagonal.
-    assert page.elements.count("svg") == 9
+    # Size, perplexity, recovery, tasks, two probes, two of speed, losses, one diagonal.
+    assert page.elements.count("svg") == 10
     assert "w4 &lt;b&gt;" in html
     assert "w4 <b>" not in html
     assert "not for quality" in html
@@ -144,7 +171,7 @@ def test_page_without_inspection(results, base, quantized):
     html = render_report(results, [open_checkpoint(base), open_checkpoint(quantized)])
     assert "How they were made" not in html
     assert "What each input length sees" not in html
-    assert Page(html).elements.count("svg") == 7
+    assert Page(html).elements.count("svg") == 8
 
 
 def test_every_number_is_that_of_results(results, checkpoints):
@@ -165,6 +192,34 @@ def test_every_number_is_that_of_results(results, checkpoints):
         half_a_digit = 0.5 * 10 ** -len(text.split()[0].partition(".")[2]) + 1e-9
         values = [each / float(unit or 1) for each in values]
         assert shown == pytest.approx(values, abs=half_a_digit)
+
+
+def test_speed_says_how_it_was_measured_and_where_it_ends(results, base, quantized):
+    checkpoints = [open_checkpoint(base), open_checkpoint(quantized)]
+    html = " ".join(render_report(results, checkpoints).split())
+    assert "the order base, w4, w4, base" in html
+    assert "engines together (there is room; 2 starts)" in html
+    assert "<td>up to 1, no longer at 4</td>" in html
+    assert "12.3 GB/s" in html
+    assert "<td>42%</td>" in html
+
+
+def test_lengths_rates_and_what_was_not_computed(results, base, quantized):
+    for each in results["checkpoints"]:
+        each["throughput"]["512"] = each["throughput"]["128"]
+        each["rates"] = {
+            n: {"0.5": dict(each["throughput"]["128"]["1"], requests_per_s=0.45)}
+            for n in ("128", "512")
+        }
+    first, other = results["checkpoints"]
+    other["break_even"] = break_even(first, other)
+    other["bandwidth"] = {"not_computed": "not all experts are read for a token"}
+    html = render_report(results, [open_checkpoint(base), open_checkpoint(quantized)])
+    assert Page(html).elements.count("svg") == 12
+    assert "w4 &lt;b&gt;: not computed, not all experts" in html
+    # Each in flight along the lengths, and each length along those in flight.
+    assert "<td>1 in flight</td><td>at all measured</td>" in html
+    assert "<td>0.45</td>" in html
 
 
 def test_run_record():

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from maca_serve.breakeven import break_even
 from maca_serve.recovery import recovery
 from maca_serve.summary import RULES, headline, judge, rules
 
@@ -20,8 +21,10 @@ def entry(name="w4", kept=100.0, speed=(1.0, 1.0), size=25, spread=SPREAD, right
         "tasks": {"a": {"acc": right / 10, "scores": [1.0] * right + [0.0] * (10 - right)}},
         "probes": {"copy": {"64": {"logprobs": [-1.0 + answer] * 5}}},
         "throughput": {
-            level: {"output_tokens_per_s": 10.0 * ratio}
-            for level, ratio in zip(("1", "4"), speed, strict=True)
+            "128": {
+                level: {"rounds": [10.0 * ratio] * 2}
+                for level, ratio in zip(("1", "4"), speed, strict=True)
+            }
         },
     }
 
@@ -30,6 +33,7 @@ def verdict(**what):
     base = entry("base", size=100, spread=[0.0] * 5)
     this = entry(**what)
     this["recovery"] = recovery(base, this)
+    this["break_even"] = break_even(base, this)
     return judge(base, this)
 
 
@@ -72,8 +76,16 @@ def test_the_sentence_has_the_numbers():
     assert found["worst_length"] == "64"
     assert found["size_percent"] == 25.0
     assert found["speed"] == {
-        "1 in flight": {"ratio": pytest.approx(1.83), "verdict": "faster"},
-        "4 in flight": {"ratio": pytest.approx(0.54), "verdict": "slower"},
+        "1 in flight": {
+            "ratio": pytest.approx(1.83),
+            "rounds": pytest.approx([1.83] * 2),
+            "verdict": "faster",
+        },
+        "4 in flight": {
+            "ratio": pytest.approx(0.54),
+            "rounds": pytest.approx([0.54] * 2),
+            "verdict": "slower",
+        },
     }
     assert found["sentence"].startswith(
         "w4 (W4A16 int) recovers 84.7 % (84.7 to 84.7) of the base's perplexity on average over"
@@ -81,6 +93,16 @@ def test_the_sentence_has_the_numbers():
         " base's space and is faster (1.83x) with 1 in flight, slower than the base (0.54x) with"
         " 4 in flight."
     )
+
+
+def test_several_prompt_lengths_are_told_apart():
+    base, this = entry("base", size=100), entry(speed=(1.83, 1.0))
+    for each in (base, this):
+        each["throughput"]["512"] = each["throughput"]["128"]
+    this["recovery"], this["break_even"] = recovery(base, this), break_even(base, this)
+    found = judge(base, this)
+    assert "faster (1.83x) with 1 in flight at prompts of 128, about as fast" in found["sentence"]
+    assert len(found["speed"]) == 4
 
 
 def test_where_it_ran():

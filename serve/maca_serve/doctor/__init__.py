@@ -8,6 +8,7 @@ Two halves that meet in one JSON message. This side reads files and knows the fo
     checks.py     tensors against scheme
     straddling.py words that ranks or fusing would tear apart
     traps.py      kernels that say yes and fail
+    speeds.py     kernels that were measured to be slower than 16 bits
     variants.py   what could be changed
     findings.py   what it all means
     diagnosis.py  from a folder or a file of shapes to the findings; view.py shows them

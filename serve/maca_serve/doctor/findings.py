@@ -6,6 +6,7 @@ from typing import Any
 from maca_serve.doctor.checks import Contents, Problem
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.doctor.simulation import PACKAGES
+from maca_serve.doctor.speeds import slower
 from maca_serve.doctor.straddling import torn_words
 from maca_serve.doctor.traps import false_yes
 from maca_serve.machine import describe_machine
@@ -89,6 +90,9 @@ def _layer_problems(entry: Entry, config: dict[str, Any], answer: Entry) -> list
         found.append(Problem("error", what, cure, name))
     if trap := false_yes(entry["kernel"] or "", answer["target"]["capability"], entry["layer"]):
         found.append(trap)
+    here = None if _simulated(answer) else describe_machine()
+    if here and (slow := slower(entry["kernel"] or "", here, entry["layer"])):
+        found.append(slow)
     if entry["falls_back_from"]:
         reason = _reason(entry, entry["falls_back_from"])
         what = f"falls back from {entry['falls_back_from']} to {entry['kernel']}: {reason}"

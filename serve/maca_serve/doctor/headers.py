@@ -25,6 +25,7 @@ class Tensor:
         shape: its shape.
         file: the file that holds it.
         start: where its bytes begin in the file.
+        size: its bytes.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Tensor:
     shape: tuple[int, ...]
     file: Path
     start: int
+    size: int
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
@@ -128,4 +130,4 @@ def _parse(path: Path, name: str, base: int, entry: dict[str, Any]) -> Tensor:
     bits = _BITS.get(dtype) or int(digits)
     if 8 * (end - begin) != bits * prod(shape):
         raise ValueError(f"{name} takes {end - begin} bytes for {dtype} {list(shape)}")
-    return Tensor(name, dtype, shape, path, base + begin)
+    return Tensor(name, dtype, shape, path, base + begin, end - begin)

@@ -9,7 +9,7 @@ from pathlib import Path
 OPTIONS = ("backend", "base-url", "model", "tokenizer", "dataset-name", "percentile-metrics")
 FILES = ("metric-percentiles", "result-dir", "result-filename")
 NUMBERS = ("random-input-len", "random-output-len", "num-prompts", "num-warmups")
-OTHERS = ("max-concurrency", "seed", "temperature")
+OTHERS = ("seed", "temperature")
 
 
 def add_cli_args(parser):
@@ -17,6 +17,9 @@ def add_cli_args(parser):
         parser.add_argument(f"--{option}", required=True)
     for option in NUMBERS + OTHERS:
         parser.add_argument(f"--{option}", type=int, required=True)
+    loads = parser.add_mutually_exclusive_group(required=True)
+    loads.add_argument("--max-concurrency", type=int)
+    loads.add_argument("--request-rate", type=float)
     for flag in ("--ignore-eos", "--save-result", "--disable-tqdm"):
         parser.add_argument(flag, action="store_true", required=True)
 
@@ -33,13 +36,14 @@ def main(args):
         failed = args.num_prompts
     if os.environ.get("FAKE_VLLM") == "bench drops":
         failed = 1
+    speed = args.max_concurrency or 2 * args.request_rate
     result = {
         "completed": args.num_prompts - failed,
         "failed": failed,
         "num_prompts": args.num_prompts,
-        "output_throughput": 10.0 * args.max_concurrency,
-        "total_token_throughput": 50.0 * args.max_concurrency,
-        "request_throughput": 1.0,
+        "output_throughput": 10.0 * speed,
+        "total_token_throughput": 50.0 * speed,
+        "request_throughput": 2.0 * speed,
         "duration": 2.0,
     }
     for place, metric in enumerate(args.percentile_metrics.split(","), start=1):

@@ -17,6 +17,9 @@ LOG = """\
 config: model='m', skip_tokenizer_init=False, dtype=torch.bfloat16, max_seq_len=512, seed=0
 (Worker pid=7) INFO 11-22 00:28:05 [x.py:1] Using CPUWNA16LinearKernel for mixed-precision linear
 (Worker pid=7) INFO 11-22 00:28:05 [x.py:1] Using CPUWNA16LinearKernel for CompressedTensorsWNA16
+(Worker pid=7) INFO 11-22 00:28:05 [x.py:1] Explicitly set (1.0/23.54) GiB for KV cache on node 0.
+(EngineCore pid=8) INFO 11-22 00:28:05 [x.py:1] CPU KV cache size: 46,592 tokens, Maximum \
+concurrency for 8,192 tokens per request: 5.69x
 """
 
 

@@ -1,0 +1,44 @@
+"""Kernels that were measured to be slower than 16 bits, on a machine of this kind.
+
+The measurements are `assets/kernel_speeds.json`, which `benchmarks/serving.py --publish` writes
+from its result files: a list of {"kernel", "machine", "like", "model", "load", "ratio", "source"}.
+`like` is what a machine of this kind has, see `kind`.
+"""
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from maca_serve.breakeven import MARGIN
+from maca_serve.doctor.checks import Problem
+
+FILE = "assets/kernel_speeds.json"
+
+
+def read_speeds() -> list[dict[str, Any]]:
+    """What was measured."""
+    return list(json.loads(files("maca_serve").joinpath(FILE).read_text(encoding="utf-8")))
+
+
+def kind(machine: dict[str, Any]) -> list[str]:
+    """What decides how fast its kernels are: its cards, else its CPU's instruction sets."""
+    return list(machine["gpus"] or machine["cpu_flags"])
+
+
+def slower(kernel: str, machine: dict[str, Any], layer: str) -> Problem | None:
+    """A note on a kernel that was slower than 16 bits, None where that is not known.
+
+    Args:
+        kernel: the kernel's class name.
+        machine: the one at hand, see `maca_serve.machine.describe_machine`.
+        layer: where it would run.
+    """
+    for found in read_speeds():
+        alike = found["kernel"] == kernel and found["like"] == kind(machine)
+        if alike and found["ratio"] < 1 - MARGIN:
+            what = (
+                f"{kernel} was slower than BF16, {found['ratio']:.2f}x, where it was measured:"
+                f" {found['model']}, {found['load']}, on {found['machine']} ({found['source']})"
+            )
+            return Problem("note", what, "measure it here: maca-serve throughput BASE DIR", [layer])
+    return None

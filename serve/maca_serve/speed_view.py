@@ -1,0 +1,110 @@
+"""Speed in rows of text, for the terminal and the report alike."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from maca_serve.breakeven import in_words
+
+Entry = dict[str, Any]
+GIB = 1024**3
+
+
+class Grid(NamedTuple):
+    """A table; the first column names the checkpoint."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def speed_grids(results: Entry) -> Iterator[Grid]:
+    """All that there is: runs by requests in flight, by arrivals, break-even, memory."""
+    entries = results["checkpoints"]
+    yield in_flight_grid(entries)
+    if "rates" in entries[0]:
+        yield rates_grid(entries)
+    if len(entries) > 1:
+        yield break_even_grid(entries)
+    yield memory_grid(entries)
+
+
+def in_flight_grid(entries: list[Entry]) -> Grid:
+    """Medians over the rounds of what `vllm bench serve` said, and the ratio to the base."""
+    columns = ["speed", "tokens in", "in flight", "TTFT ms", "TPOT ms", "E2EL ms", "p99"]
+    columns += ["out tok/s", "tok/s", "ratio"]
+    rows = [
+        [entry["name"], length, level, *_latencies(run), *_rates(run), _ratio(entry, length, level)]
+        for entry in entries
+        for length, runs in entry["throughput"].items()
+        for level, run in runs.items()
+    ]
+    return Grid(columns, rows)
+
+
+def rates_grid(entries: list[Entry]) -> Grid:
+    """What arrived and what was answered per second, with its latencies."""
+    columns = ["arrivals", "tokens in", "per s", "answered", "TTFT ms", "TPOT ms", "E2EL ms", "p99"]
+    rows = [
+        [entry["name"], length, rate, f"{run['requests_per_s']:.2f}", *_latencies(run)]
+        for entry in entries
+        for length, runs in entry["rates"].items()
+        for rate, run in runs.items()
+    ]
+    return Grid(columns, rows)
+
+
+def break_even_grid(entries: list[Entry]) -> Grid:
+    """Where along the requests in flight, and along the prompt lengths, each is faster."""
+    base, *others = entries
+    levels = list(map(int, next(iter(base["throughput"].values()))))
+    lengths = list(map(int, base["throughput"]))
+    rows = []
+    for entry in others:
+        found = entry["break_even"]
+        for length, reached in found["by_length"].items():
+            rows.append([entry["name"], f"{length} tokens in", in_words(reached, levels)])
+        for level, reached in found["by_level"].items() if len(lengths) > 1 else ():
+            rows.append([entry["name"], f"{level} in flight", in_words(reached, lengths)])
+    return Grid([f"faster than {base['name']}", "with", "in flight, or tokens in"], rows)
+
+
+def memory_grid(entries: list[Entry]) -> Grid:
+    """Memory, and how near decoding comes to the speed of memory."""
+    columns = ["memory", "weights GiB", "from", "KV cache GiB", "tokens", "GB per token", "of copy"]
+    return Grid(columns, [[entry["name"], *_memory(entry), *_share(entry)] for entry in entries])
+
+
+def _latencies(run: Entry) -> list[str]:
+    return [
+        f"{run['ttft_ms']['median']:.0f}",
+        f"{run['tpot_ms']['median']:.1f}",
+        f"{run['e2el_ms']['median']:.0f}",
+        f"{run['e2el_ms']['p99']:.0f}",
+    ]
+
+
+def _rates(run: Entry) -> list[str]:
+    return [f"{run['output_tokens_per_s']:.1f}", f"{run['total_tokens_per_s']:.1f}"]
+
+
+def _ratio(entry: Entry, length: str, level: str) -> str:
+    if "break_even" not in entry:
+        return "–"
+    return f"{entry['break_even']['ratios'][length][level]['ratio']:.2f}x"
+
+
+def _memory(entry: Entry) -> list[str]:
+    memory = entry["memory"]
+    cache, tokens = memory["kv_cache_bytes"], memory["kv_cache_tokens"]
+    return [
+        f"{memory['weights_bytes'] / GIB:.2f}",
+        memory["weights_source"],
+        "–" if cache is None else f"{cache / GIB:.2f}",
+        "–" if tokens is None else f"{tokens:,}",
+    ]
+
+
+def _share(entry: Entry) -> list[str]:
+    share = entry["bandwidth"]
+    if "share" not in share:
+        return ["–", "–"]
+    return [f"{share['weights_bytes_per_token'] / 1e9:.3f}", f"{share['share']:.0%}"]
