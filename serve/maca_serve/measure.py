@@ -10,6 +10,7 @@ from maca_serve.accuracy_plan import AccuracyPlan, plan_accuracy
 from maca_serve.bench import Benchmark
 from maca_serve.checkpoint import Checkpoint, open_all
 from maca_serve.console import progress
+from maca_serve.doctor.checks import require_sound
 from maca_serve.engine import Engine
 from maca_serve.errors import UserError
 from maca_serve.fit import fit
@@ -120,6 +121,7 @@ def measure(
     version = require_vllm()
     longest = _longest_request(plan, speed)
     for checkpoint in checkpoints:
+        require_sound(checkpoint.path, checkpoint.config)
         _require_fits(checkpoint, speed)
     fits = [fit(checkpoint, version, measured=longest) for checkpoint in checkpoints]
     with contextlib.ExitStack() as stack:

@@ -3,14 +3,18 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from vllm.model import logprob, other_tokens
 
 FAULT = os.environ.get("FAKE_VLLM", "")
+KEY = os.environ.get("VLLM_API_KEY")
 LOG = """\
 (Worker pid=7) INFO 11-22 00:28:05 [x.py:1] Using CPUWNA16LinearKernel for mixed-precision linear
 (Worker pid=7) INFO 11-22 00:28:05 [x.py:1] Using CPUWNA16LinearKernel for CompressedTensorsWNA16
@@ -25,6 +29,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if KEY and self.headers["Authorization"] != f"Bearer {KEY}":
+            return self.answer(401, {"error": "Unauthorized"})
+        phase = "scoring" if "prompt_logprobs" in body else "bench"
+        if FAULT == f"stalls in {phase}":
+            stall()
+        if FAULT == f"killed in {phase}":
+            os.kill(os.getpid(), signal.SIGKILL)
         if FAULT == "dies" or (FAULT == "dies in bench" and "prompt_logprobs" not in body):
             print(
                 "(EngineCore pid=8) ERROR 11-22 00:28:05 [x.py:1] MemoryError: no room", flush=True
@@ -56,6 +67,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def stall():
+    """Say that the place was reached, and stay there."""
+    Path(tempfile.gettempdir(), "reached").touch()
+    time.sleep(600)
+
+
 def entries(ids, top, shift):
     others = {str(token): {"logprob": value} for token, value in other_tokens(top).items()}
     found = [
@@ -72,7 +89,9 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
-    options, _ = parser.parse_known_args()
+    options, others = parser.parse_known_args()
+    if "--no-such-flag" in others:
+        parser.error("unrecognized arguments: --no-such-flag")
     print(f"arguments {sys.argv[1:]}", flush=True)
     if FAULT == "does not start":
         print("(Worker pid=9) ERROR 11-22 00:28:05 [x.py:1] ValueError: no kernel for 3 bits")
@@ -83,7 +102,7 @@ def main():
     print(f"worker {worker.pid}", flush=True)
     print(LOG, end="", flush=True)
     if FAULT == "hangs":
-        time.sleep(600)
+        stall()
     ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
 
 
