@@ -1,8 +1,10 @@
 """The command `maca-serve`."""
 
+import errno
 import json
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,26 +78,48 @@ Output = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 @app.command()
 def up(
     folder: Folder,
-    port: Annotated[int, typer.Option(help="TCP port.")] = 8000,
+    vllm_flags: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- FLAGS]", help="Further flags for `vllm serve`."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="TCP port; 8000, or a free one where that is taken.")
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of prompt and output; fit for the machine if unset.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="What clients must show; better in VLLM_API_KEY, which `ps` hides."),
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline-parallel ranks.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU cores to compute on; fit for the machine if unset.")
+    ] = None,
 ) -> None:
     """Serve a checkpoint until Ctrl-C, and say which kernel vLLM chose."""
     from maca_serve import serving
 
-    with serving.up(folder, port=port, max_model_len=max_model_len, host=host) as engine:
-        body = {"model": engine.checkpoint.name, "prompt": "The capital of France is"}
-        _say(f"{engine.checkpoint.name}: {engine.checkpoint.scheme}")
-        _say(f"kernel: {engine.kernel}")
-        _say(f"url:    {engine.url}/v1")
-        _say(f"log:    {engine.log}")
-        _say(
-            f"try:    curl {engine.url}/v1/completions -H 'Content-Type: application/json'"
-            f" -d '{json.dumps(body)}'"
-        )
-        _say("Ctrl-C stops it.")
+    engine = serving.up(
+        folder,
+        port=serving.usual_port(host) if port is None else port,
+        max_model_len=max_model_len,
+        host=host,
+        api_key=api_key,
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        threads=threads,
+        vllm_flags=vllm_flags or (),
+    )
+    if port is None and engine.port != serving.PORT:
+        _warn(f"port {serving.PORT} is taken: using {engine.port}")
+    if not (engine.local or engine.api_key):
+        _warn(f"whoever reaches {host} may use it: set VLLM_API_KEY, or a --host of this machine")
+    with engine:
+        for line in serving.describe(engine):
+            _say(line)
         engine.wait()
 
 
@@ -296,6 +320,12 @@ def main() -> None:
             err.print(line, style="dim", markup=False, soft_wrap=True)
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or f"{tempfile.gettempdir()} or the output's"
+        err.print(f"error: the disk of {place} is full", markup=False, soft_wrap=True)
+        code = 2
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
@@ -321,6 +351,10 @@ def _show(results: dict[str, Any], path: Path | None) -> None:
 
 def _say(line: str) -> None:
     out.print(line, markup=False, soft_wrap=True)
+
+
+def _warn(line: str) -> None:
+    err.print(f"warning: {line}", markup=False, soft_wrap=True)
 
 
 def _split(value: str | None) -> list[str] | None:

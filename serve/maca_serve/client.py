@@ -35,15 +35,17 @@ class Answer:
 class Client:
     """Log-probabilities of prompts from one running engine."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
         """Connect on the first request.
 
         Args:
             url: the server's, without `/v1`.
             model: the name it serves.
+            api_key: what the server wants of its clients; nothing when None.
         """
         self.model = model
-        self._http = httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=url, timeout=TIMEOUT_SECONDS, headers=headers)
 
     def prompt_logprobs(self, prompts: list[Prompt]) -> list[list[float]]:
         """Log-probability of each prompt token but the first, given those before it.

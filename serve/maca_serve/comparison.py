@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from maca_serve.accuracy_plan import plan_accuracy
-from maca_serve.checkpoint import open_all, require_quantized
+from maca_serve.checkpoint import Checkpoint, open_all, require_quantized
 from maca_serve.machine import require_vllm
 from maca_serve.measure import measure, speed_settings
 from maca_serve.recovery import describe_intervals, recovery
 from maca_serve.report import render_report
-from maca_serve.results import check_output, write_json, write_text
+from maca_serve.results import check_output, lock_folder, write_json, write_text
 from maca_serve.settings import (
     CONCURRENCY,
     INPUT_LEN,
@@ -20,6 +20,7 @@ from maca_serve.settings import (
     REPEATS,
     WINDOWS,
     AccuracySettings,
+    SpeedSettings,
 )
 from maca_serve.summary import judge, rules
 from maca_serve.tasks import CONTINUATION
@@ -82,6 +83,16 @@ def compare(
     for checkpoint in checkpoints[1:]:
         require_quantized(checkpoint)
     check_output(output, folder=True)
+    with lock_folder(Path(output)):
+        return _compare(checkpoints, accuracy, speed, output)
+
+
+def _compare(
+    checkpoints: list[Checkpoint],
+    accuracy: AccuracySettings,
+    speed: SpeedSettings,
+    output: str | Path,
+) -> dict[str, Any]:
     plan = plan_accuracy(accuracy, checkpoints)
     results = measure(checkpoints, plan, speed)
     first = results["checkpoints"][0]
@@ -92,5 +103,7 @@ def compare(
     results["settings"] |= {"intervals": describe_intervals(), "rules": rules()}
     report = render_report(results, checkpoints)
     write_json(Path(output) / RESULTS, results)
+    # Should the disk be full now, no report of an earlier run stands beside these results.
+    (Path(output) / REPORT).unlink(missing_ok=True)
     write_text(Path(output) / REPORT, report)
     return results

@@ -1,6 +1,7 @@
 """One running `vllm serve`: start, wait until it answers, stop without orphans."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from maca_serve.console import progress
 from maca_serve.enginelog import find_cause, find_dtype, find_kernels, last_message, tail
 from maca_serve.errors import EngineError, RequestError, UserError
 from maca_serve.fit import Fit
-from maca_serve.process import start_group, stop_group
+from maca_serve.process import listens, start_group, stop_group
 from maca_serve.scheme import describe_dtype
 
 LOG_TAIL = 15
@@ -44,7 +45,13 @@ class Engine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, fit: Fit, *, host: str = "127.0.0.1", port: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        fit: Fit,
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        api_key: str | None = None,
     ) -> None:
         """Prepare; nothing runs yet.
 
@@ -53,11 +60,13 @@ class Engine:
             fit: settings, see `maca_serve.fit`.
             host: address to listen on.
             port: TCP port; a free one when None.
+            api_key: what clients must show; nothing when None, whatever the environment says.
         """
         self.checkpoint = checkpoint
         self.fit = fit
         self.host = host
         self.port = port
+        self.api_key = api_key
         self.start_seconds = 0.0
         self._process: subprocess.Popen[str] | None = None
         self._log: Path | None = None
@@ -67,6 +76,11 @@ class Engine:
         """Where it can be reached from this machine, without `/v1`."""
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{local}]:{self.port}" if ":" in local else f"http://{local}:{self.port}"
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
     @property
     def log(self) -> Path:
@@ -96,7 +110,7 @@ class Engine:
 
     def client(self) -> Client:
         """A client for its completions."""
-        return Client(self.url, self.checkpoint.name)
+        return Client(self.url, self.checkpoint.name, self.api_key)
 
     def __enter__(self) -> Self:
         """Start and wait.
@@ -106,8 +120,8 @@ class Engine:
             EngineError: it did not start, with the last lines of its log.
         """
         self.port = claim_port(self.host, self.port)
-        self._start()
         try:
+            self._start()
             self._wait()
         except BaseException as error:
             self._stop(keep_log=isinstance(error, EngineError))
@@ -142,6 +156,8 @@ class Engine:
     def _start(self) -> None:
         handle, name = tempfile.mkstemp(prefix="maca-serve-", suffix=".log")
         self._log = Path(name)
+        # By the environment: a command line can be read by everybody on the machine.
+        key = {"VLLM_API_KEY": self.api_key or ""}
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
         command += [str(self.checkpoint.path), "--served-model-name", self.checkpoint.name]
         command += ["--host", self.host, "--port", str(self.port), "--disable-uvicorn-access-log"]
@@ -149,7 +165,7 @@ class Engine:
         with os.fdopen(handle, "w") as log:
             self._process = start_group(
                 command,
-                self.fit.environment,
+                {**self.fit.environment, **key},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -163,7 +179,7 @@ class Engine:
             task = bar.add_task(
                 f"starting {self.checkpoint.name}", total=EXPECTED_SECONDS, note="vLLM"
             )
-            while not _healthy(http):
+            while not self._ready(http):
                 if self._exit_code() is not None:
                     raise self._failure("did not start")
                 now = time.monotonic()
@@ -177,6 +193,11 @@ class Engine:
                 time.sleep(POLL_SECONDS)
             bar.update(task, completed=EXPECTED_SECONDS, note="ready")
         self.start_seconds = time.monotonic() - began
+
+    def _ready(self, http: httpx.Client) -> bool:
+        """Whether it answers; another program that took the port meanwhile may answer as well."""
+        assert self._process is not None and self.port is not None
+        return _healthy(http) and listens(self._process, self.port)
 
     def _exit_code(self) -> int | None:
         assert self._process is not None, "the engine was not started"
@@ -193,17 +214,26 @@ class Engine:
 
     def _failure(self, what: str) -> EngineError:
         lines = self.log_lines
-        code = self._exit_code()
-        cause = find_cause(lines) or (f"exit code {code}" if code is not None else "no error named")
+        cause = self._cause(lines)
         return EngineError(
             f"{self.checkpoint.path}: vLLM {what}: {cause} (log: {self.log})", tail(lines, LOG_TAIL)
         )
 
+    def _cause(self, lines: list[str]) -> str:
+        code, cause = self._exit_code(), find_cause(lines)
+        if code == -signal.SIGKILL:
+            return "killed (signal 9), as Linux does when memory runs out"
+        if cause and "Address already in use" in cause:
+            return f"port {self.port} was taken meanwhile; choose another with --port"
+        return cause or (f"exit code {code}" if code is not None else "no error named")
+
     def _stop(self, *, keep_log: bool) -> None:
-        if self._process is not None:
-            stop_group(self._process)
-        if not keep_log:
-            self.log.unlink(missing_ok=True)
+        try:
+            if self._process is not None:
+                stop_group(self._process)
+        finally:
+            if not keep_log and self._log is not None:
+                self._log.unlink(missing_ok=True)
 
 
 def _healthy(http: httpx.Client) -> bool:

@@ -20,6 +20,8 @@ _PREFIX = re.compile(r"^\([\w\- ]+pid=\d+\) (?:(?:ERROR|INFO|WARNING) [\d\- :]+\
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<type>\w+(?:Error|Exception)): (?P<message>.+)")
 # A child that was killed, for instance by the kernel for want of memory, has no exception.
 _KILLED = re.compile(r"^(?P<message>Worker proc \S+ died unexpectedly[^,]*)")
+# A flag that vLLM does not know, or a value that it does not take.
+_USAGE = re.compile(r"^[\w.\- ]+: error: (?P<message>.+)")
 # Python's farewell in every stopped engine's log; it says nothing about why it stopped.
 _NOISE = ("resource_tracker", "warnings.warn(", "nanobind", " - leaked ", " - ... skipped")
 _TAIL_WIDTH = 300
@@ -61,12 +63,12 @@ def find_cache(lines: list[str]) -> tuple[int | None, int | None]:
 def find_cause(lines: list[str]) -> str | None:
     """The first exception that is not second-hand, as `Type: message`, or None.
 
-    A killed worker counts as one.
+    A killed worker counts as one, and so does a flag that vLLM does not take.
     """
     stripped = [_PREFIX.sub("", line).strip() for line in lines]
     for number, line in enumerate(stripped):
-        if killed := _KILLED.match(line):
-            return killed["message"]
+        if plain := _KILLED.match(line) or _USAGE.match(line):
+            return plain["message"]
         match = _ERROR.match(line)
         if match is None or any(match["message"].startswith(word) for word in _SECOND_HAND):
             continue

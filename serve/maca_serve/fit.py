@@ -2,7 +2,8 @@
 
 On a CPU, vLLM's own defaults do not fit a small machine: it would reserve a core for itself, take
 a share of all memory for the KV cache, and compile for half a minute at the first request. With
-CUDA its defaults are good, and are left alone.
+CUDA its defaults are good, and are left alone but for one: it refuses to start where the memory
+does not hold one sequence of the model's full context, and is told to shorten the context instead.
 """
 
 import math
@@ -13,13 +14,14 @@ from typing import Any
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.errors import UserError
 from maca_serve.machine import available_memory, physical_cpus
+from maca_serve.ranks import Ranks
 
 GIB = 1024**3
 CPU_MAX_MODEL_LEN = 8192
 # Sequences of full length that the KV cache should hold at once.
 SEQUENCES = 4
-# Up to this many cores the engine computes on all of them; above, vLLM's own binding keeps one
-# core for its scheduler, which costs little there.
+# Up to this many cores a rank the engine computes on all of them; above, one core a rank is kept
+# for vLLM's scheduler, as its own binding does, which costs little there.
 BIND_ALL_UP_TO = 4
 
 # Of a CPU engine's processes besides weights and KV cache: 1.9 GiB measured with a 135M model, 2.8
@@ -34,10 +36,12 @@ class Fit:
     Attributes:
         arguments: to follow the model on the command line.
         environment: to add to this process's own.
+        words: what was chosen, for people.
     """
 
     arguments: list[str]
     environment: dict[str, str]
+    words: str = ""
 
 
 def fit(
@@ -46,6 +50,8 @@ def fit(
     *,
     max_model_len: int | None = None,
     measured: int | None = None,
+    ranks: Ranks = Ranks(),
+    threads: int | None = None,
 ) -> Fit:
     """Choose settings for one checkpoint on this machine.
 
@@ -57,13 +63,15 @@ def fit(
             is off, so that no prompt profits from an earlier one, and vLLM is told to take one
             token more than the model's context where a prompt fills it: it wants room for an
             output token also where only the prompt's log-probabilities are read.
+        ranks: processes that share the model.
+        threads: CPU cores to compute on, divided among the ranks; see BIND_ALL_UP_TO when None.
 
     Raises:
-        UserError: a length beyond the model's context, or too little free memory.
+        UserError: a length beyond the model's context, too little free memory, or too few cores.
     """
     if max_model_len is not None:
         _check_length(checkpoint, max_model_len)
-    arguments: list[str] = []
+    arguments = ranks.arguments
     environment = {
         # The checkpoint is a local folder: nothing is to be fetched, nothing to be reported.
         "HF_HUB_OFFLINE": "1",
@@ -77,10 +85,11 @@ def fit(
     if "cpu" in vllm_version:
         max_model_len = max_model_len or max(_usual_length(checkpoint), measured or 0)
         arguments += ["--dtype", "bfloat16", "--enforce-eager"]
-        environment |= _cpu_environment(checkpoint, max_model_len)
-    if max_model_len is not None:
-        arguments += ["--max-model-len", str(max_model_len)]
-    return Fit(arguments, environment)
+        environment |= _cpu_environment(checkpoint, max_model_len, ranks, threads)
+    elif threads is not None:
+        raise UserError("--threads: for vLLM's CPU build; this is its CUDA build")
+    arguments += ["--max-model-len", str(max_model_len or "auto")]
+    return Fit(arguments, environment, _words(checkpoint, max_model_len, environment))
 
 
 def memory_needed(checkpoint: Checkpoint, settings: Fit) -> int:
@@ -103,6 +112,16 @@ def kv_bytes_per_token(config: dict[str, Any]) -> int:
     return 2 * 2 * (config.get("num_hidden_layers") or 0) * kv_heads * head_dim
 
 
+def _words(checkpoint: Checkpoint, max_model_len: int | None, environment: dict[str, str]) -> str:
+    length = f"{max_model_len} tokens" if max_model_len else "as many tokens as the memory holds"
+    if checkpoint.context is not None and checkpoint.context != max_model_len:
+        length += f" (the model's context is {checkpoint.context}: --max-model-len)"
+    if "VLLM_CPU_KVCACHE_SPACE" not in environment:
+        return length
+    cache, cores = (environment[f"VLLM_CPU_{n}"] for n in ("KVCACHE_SPACE", "OMP_THREADS_BIND"))
+    return f"{length}, KV cache {cache} GiB, bfloat16, cores {cores}"
+
+
 def _usual_length(checkpoint: Checkpoint) -> int:
     return min(checkpoint.context or CPU_MAX_MODEL_LEN, CPU_MAX_MODEL_LEN)
 
@@ -117,38 +136,61 @@ def _check_length(checkpoint: Checkpoint, max_model_len: int) -> None:
         )
 
 
-def _cpu_environment(checkpoint: Checkpoint, max_model_len: int) -> dict[str, str]:
-    cache = _cache_gib(checkpoint, max_model_len)
+def _cpu_environment(
+    checkpoint: Checkpoint, max_model_len: int, ranks: Ranks, threads: int | None
+) -> dict[str, str]:
     chosen = {
         # On a CPU with AMX vLLM would round the activations of a W4A16 checkpoint to 8 bits, which
         # is faster and another model: log-probabilities moved by 0.28 nats on average, and by
         # 0.84 with 3-bit weights in 4-bit containers, where bfloat16 noise is 0.04 and 0.09.
         "VLLM_CPU_INT4_W4A8": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(cache),
-        "VLLM_CPU_OMP_THREADS_BIND": _binding(),
+        "VLLM_CPU_KVCACHE_SPACE": str(_cache_gib(checkpoint, max_model_len, ranks)),
+        "VLLM_CPU_OMP_THREADS_BIND": _binding(ranks.count, threads),
         # Eager mode still compiles the ranking of prompt log-probabilities, for half a minute and
         # with a C++ compiler that a serving machine need not have.
         "TORCH_COMPILE_DISABLE": "1",
     }
-    # What the user set in the environment stands.
-    return {name: os.environ.get(name) or value for name, value in chosen.items()}
+    # What the user set in the environment stands, unless an option says otherwise.
+    optional = {"VLLM_CPU_OMP_THREADS_BIND"} if threads is not None else set()
+    return chosen | {
+        name: os.environ[name] for name in chosen.keys() - optional if os.environ.get(name)
+    }
 
 
-def _cache_gib(checkpoint: Checkpoint, max_model_len: int) -> int:
-    """Whole GiB for the KV cache: SEQUENCES full sequences, at most half of what is left free."""
+def _cache_gib(checkpoint: Checkpoint, max_model_len: int, ranks: Ranks) -> int:
+    """Whole GiB for the KV cache of a rank: SEQUENCES full sequences.
+
+    All ranks together take at most half of what is left free.
+    """
     sequence = kv_bytes_per_token(checkpoint.text_config) * max_model_len
+    # Ranks beyond the key-value heads keep copies of them.
+    kv_heads = checkpoint.text_config.get("num_key_value_heads") or ranks.tensor
+    share = sequence / (ranks.pipeline * min(ranks.tensor, kv_heads))
     left = available_memory() - checkpoint.size_bytes
-    most = left // 2 // GIB
-    if most < 1 or sequence > most * GIB:
+    most = left // 2 // GIB // ranks.count
+    if most < 1 or share > most * GIB:
         raise UserError(
             f"{checkpoint.path}: too little free memory: its weights take"
             f" {checkpoint.size_bytes / GIB:.1f} GiB and one sequence of {max_model_len} tokens"
             f" {sequence / GIB:.1f} GiB, {available_memory() / GIB:.1f} GiB are free;"
             " lower --max-model-len or free memory"
         )
-    return min(most, max(1, math.ceil(SEQUENCES * sequence / GIB)))
+    return min(most, max(1, math.ceil(SEQUENCES * share / GIB)))
 
 
-def _binding() -> str:
+def _binding(ranks: int, threads: int | None) -> str:
+    """Cores as vLLM wants them: `0,1|2,3` for two ranks."""
     cpus = physical_cpus()
-    return ",".join(map(str, cpus)) if len(cpus) <= BIND_ALL_UP_TO else "auto"
+    if threads is None:
+        few = len(cpus) <= BIND_ALL_UP_TO * ranks
+        if ranks == 1 and not few:
+            return "auto"
+        # For several ranks vLLM's own binding wants a NUMA node for each.
+        threads = len(cpus) if few else len(cpus) - ranks
+    if not ranks <= threads <= len(cpus):
+        raise UserError(
+            f"--threads: {threads} for {ranks} ranks; this process may use {len(cpus)} cores,"
+            " and every rank needs one"
+        )
+    each = threads // ranks
+    return "|".join(",".join(map(str, cpus[i * each : (i + 1) * each])) for i in range(ranks))

@@ -13,6 +13,7 @@ from maca_serve.bench import Benchmark
 from maca_serve.breakeven import break_even
 from maca_serve.checkpoint import Checkpoint, open_all
 from maca_serve.console import progress
+from maca_serve.doctor.checks import require_sound
 from maca_serve.engine import Engine
 from maca_serve.errors import UserError
 from maca_serve.fit import Fit, fit
@@ -148,6 +149,7 @@ def measure(
     """
     version = require_vllm()
     for checkpoint in checkpoints:
+        require_sound(checkpoint.path, checkpoint.config)
         _require_fits(checkpoint, speed)
     longest = max(plan.longest if plan else 0, speed.longest if speed else 0)
     fits = fits or [fit(checkpoint, version, measured=longest) for checkpoint in checkpoints]

@@ -1,5 +1,6 @@
 """Child processes in a process group of their own, stopped without leaving any behind."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -9,9 +10,13 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any
 
+import psutil
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TERM_SECONDS = 20.0
 KILL_SECONDS = 10.0
+# Those that run: an interrupt may come between a start and the `with` that would stop it.
+_running: set[subprocess.Popen[str]] = set()
 
 
 def start_group(
@@ -24,21 +29,24 @@ def start_group(
         environment: added to this process's own.
         streams: stdin, stdout, stderr as for `subprocess.Popen`.
     """
-    return subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        start_new_session=True,
-        text=True,
-        **streams,  # type: ignore[call-overload]
-    )
+    with _signals_deferred():
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            start_new_session=True,
+            text=True,
+            **streams,  # type: ignore[call-overload]
+        )
+        _running.add(process)
+    return process
 
 
 def stop_group(process: subprocess.Popen[str]) -> None:
     """Ask the leader to stop, then kill what is left of its group; return when none is left.
 
-    A second Ctrl-C does not cut this short: that is how orphans come to be.
+    Ctrl-C does not cut this short, for that is how orphans come to be; it takes effect afterwards.
     """
-    with _signals_held():
+    with _signals_deferred():
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -48,6 +56,24 @@ def stop_group(process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + KILL_SECONDS
         while _signal_group(process.pid, 0) and time.monotonic() < deadline:
             time.sleep(0.05)
+        _running.discard(process)
+
+
+def listens(process: subprocess.Popen[str], port: int) -> bool:
+    """Whether the process, or one that it started, listens on a TCP port."""
+    try:
+        leader = psutil.Process(process.pid)
+        family = [leader, *leader.children(recursive=True)]
+        sockets = [socket for member in family for socket in member.net_connections("tcp")]
+    except psutil.Error:  # one of them ended meanwhile
+        return False
+    return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+
+
+@atexit.register
+def _stop_all() -> None:
+    for process in list(_running):
+        stop_group(process)
 
 
 def _signal_group(group: int, number: int) -> bool:
@@ -60,13 +86,21 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
+def _signals_deferred() -> Iterator[None]:
+    """Hold back the signals that stop us until the block is over."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    came: list[int] = []
+    # A handler and not SIG_IGN, which a child that is started here would inherit.
+    held = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in STOP_SIGNALS
+    }
     try:
         yield
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])

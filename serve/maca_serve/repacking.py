@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from maca_serve.checkpoint import Checkpoint, open_checkpoint
-from maca_serve.doctor.checks import check
+from maca_serve.doctor.checks import check, refuse_errors
 from maca_serve.doctor.headers import INDEX, Tensor, read_headers
 from maca_serve.errors import UserError
 from maca_serve.widening import (
@@ -76,10 +76,7 @@ def _widener(checkpoint: Checkpoint, headers: dict[str, Tensor]) -> Widener:
     """Refuses tensors that are not as the config says: they would be read as other values."""
     quantization = checkpoint.config["quantization_config"]
     contents = check(headers, quantization)
-    errors = [problem for problem in contents.problems if problem.severity == "error"]
-    if errors:
-        first = errors[0]
-        raise UserError(f"{checkpoint.path}: {first.modules[0]}: {first.what}: {first.cure}")
+    refuse_errors(checkpoint.path, contents)
     return Widener(quantization, contents.sizes)
 
 

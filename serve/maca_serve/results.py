@@ -1,10 +1,14 @@
 """Result files: checked before the work, written whole or not at all."""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from maca_serve.errors import UserError
 
@@ -31,6 +35,35 @@ def check_output(path: str | Path | None, *, folder: bool = False) -> None:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written: {place}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder; what was made for the lock and is empty goes again.
+
+    Args:
+        folder: made where it is missing.
+
+    Raises:
+        UserError: another run has it.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"--output: {folder} is in use by another run; wait for it or give another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held; filelock would leave it
+        lock.release()
+        with contextlib.suppress(OSError):  # not empty
+            for place in made:
+                place.rmdir()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

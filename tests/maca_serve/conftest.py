@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import struct
 import tempfile
 from pathlib import Path
 
@@ -25,8 +26,10 @@ CONFIG = {
 }
 QUANTIZATION = {
     "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
     "config_groups": {
         "group_0": {
+            "targets": ["Linear"],
             "weights": {
                 "num_bits": 4,
                 "type": "int",
@@ -58,6 +61,14 @@ def tokenizer_files(tmp_path_factory) -> Path:
     return folder
 
 
+def safetensors_of(size: int) -> bytes:
+    """A whole file of that many bytes with one tensor."""
+    length = 200
+    entry = {"dtype": "U8", "shape": [size - 8 - length], "data_offsets": [0, size - 8 - length]}
+    header = json.dumps({"model.norm.weight": entry}).encode().ljust(length)
+    return struct.pack("<Q", length) + header + bytes(size - 8 - length)
+
+
 @pytest.fixture
 def make_checkpoint(tmp_path, tokenizer_files):
     """Make a folder that passes for a checkpoint: config, tokenizer, a file of weights."""
@@ -71,7 +82,7 @@ def make_checkpoint(tmp_path, tokenizer_files):
         if quantized:
             content["quantization_config"] = QUANTIZATION
         (folder / "config.json").write_text(json.dumps(content))
-        (folder / "model.safetensors").write_bytes(b"0" * weights)
+        (folder / "model.safetensors").write_bytes(safetensors_of(weights))
         return folder
 
     return make

@@ -83,6 +83,7 @@ def test_unquantized_folder(base):
 
 
 def test_folder_with_weights_that_are_none(quantized):
+    (quantized / "model.safetensors").write_bytes(b"0" * 1000)
     with pytest.raises(UserError, match="not a safetensors file"):
         diagnosis.diagnose(quantized)
 

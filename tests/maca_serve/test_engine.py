@@ -85,7 +85,7 @@ def test_death_in_use_is_reported_with_its_cause(fake_vllm, engine, alive):
 
 
 def test_killed_leader_leaves_no_worker(engine, alive):
-    with pytest.raises(EngineError, match="died while it was used: exit code -9"), engine:
+    with pytest.raises(EngineError, match=r"died while it was used: killed \(signal 9\)"), engine:
         worker = worker_of(engine)
         engine._process.kill()
         engine.wait()

@@ -81,6 +81,14 @@ def test_memory_of_the_cache():
     assert find_cache([WORKER + "Starting to load model"]) == (None, None)
 
 
+def test_a_flag_that_vllm_does_not_know_is_a_cause():
+    lines = [
+        "usage: vllm serve [model_tag] [options]",
+        "vllm serve: error: argument --seed: no int",
+    ]
+    assert find_cause(lines) == "argument --seed: no int"
+
+
 def test_tail_is_what_it_said_last():
     farewell = ["/x/resource_tracker.py:254: UserWarning: leaked", "  warnings.warn('leaked')", ""]
     assert tail(["a", "b", "c", "d" * 1000, *farewell], 3) == ["b", "c", "d" * 300]

@@ -3,6 +3,7 @@ from maca_serve import fit as module
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.errors import UserError
 from maca_serve.fit import ENGINE_BYTES, GIB, fit, kv_bytes_per_token, memory_needed
+from maca_serve.ranks import Ranks
 
 CPU, CUDA = "0.32.0+cpu", "0.32.0"
 
@@ -44,13 +45,62 @@ def test_many_cores_are_left_to_vllm(quantized, monkeypatch):
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
 
 
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads", "binding"),
+    [
+        (4, 1, 1, "0"),
+        (16, 1, 16, ",".join(map(str, range(16)))),
+        (2, 2, None, "0|1"),
+        (5, 2, None, "0,1|2,3"),
+        (12, 2, None, "0,1,2,3,4|5,6,7,8,9"),
+        (12, 2, 4, "0,1|2,3"),
+    ],
+)
+def test_cores_are_divided_among_ranks(quantized, monkeypatch, cores, ranks, threads, binding):
+    monkeypatch.setattr(module, "physical_cpus", lambda: list(range(cores)))
+    settings = fit(open_checkpoint(quantized), CPU, ranks=Ranks(ranks), threads=threads)
+    assert settings.environment["VLLM_CPU_OMP_THREADS_BIND"] == binding
+
+
+@pytest.mark.parametrize(("threads", "ranks"), [(0, 1), (3, 1), (1, 2)])
+def test_cores_that_are_not_there(quantized, threads, ranks):
+    with pytest.raises(UserError, match=f"--threads: {threads} for {ranks} ranks; .* 2 cores"):
+        fit(open_checkpoint(quantized), CPU, ranks=Ranks(ranks), threads=threads)
+
+
+def test_threads_are_the_cpu_s(quantized):
+    with pytest.raises(UserError, match="--threads: for vLLM's CPU build"):
+        fit(open_checkpoint(quantized), CUDA, threads=1)
+
+
+def test_ranks_share_the_cache(make_checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "available_memory", lambda: 16 * GIB)
+    shape = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128}
+    checkpoint = open_checkpoint(make_checkpoint("8b", max_position_embeddings=8192, **shape))
+    for ranks, gib in ((Ranks(), "4"), (Ranks(2), "2"), (Ranks(1, 2), "2")):
+        assert fit(checkpoint, CPU, ranks=ranks).environment["VLLM_CPU_KVCACHE_SPACE"] == gib
+
+
+def test_it_says_what_it_chose(make_checkpoint):
+    checkpoint = open_checkpoint(make_checkpoint("long", max_position_embeddings=131072))
+    words = fit(checkpoint, CPU).words
+    assert words.startswith("8192 tokens (the model's context is 131072: --max-model-len), KV ")
+    assert words.endswith("bfloat16, cores 0,2")
+    assert fit(checkpoint, CUDA).words.startswith("as many tokens as the memory holds (the")
+
+
 def test_what_the_user_set_stands(quantized, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
-    assert fit(open_checkpoint(quantized), CPU).environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "2")
+    environment = fit(open_checkpoint(quantized), CPU).environment
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "2"
+    environment = fit(open_checkpoint(quantized), CPU, threads=2).environment
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,2", "an option goes before"
 
 
 def test_cuda_keeps_the_defaults(quantized):
-    assert fit(open_checkpoint(quantized), CUDA).arguments == []
+    assert fit(open_checkpoint(quantized), CUDA).arguments == ["--max-model-len", "auto"]
     settings = fit(open_checkpoint(quantized), CUDA, max_model_len=100)
     assert settings.arguments == ["--max-model-len", "100"]
 

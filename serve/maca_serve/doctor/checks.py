@@ -3,11 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from maca_serve.doctor.headers import Tensor, read_integers
+from maca_serve.doctor.headers import Tensor, read_headers, read_integers
 from maca_serve.doctor.layouts import Expected, Scheme, expected, known, module_size, words
 from maca_serve.doctor.schemes import scheme_finder
+from maca_serve.errors import UserError
 
 GROUP_SIZES = (128, 64, 32)
 # A module with one of these is quantized; a plain one has `weight` alone (and maybe `bias`).
@@ -150,6 +152,39 @@ def group_misfit(scheme: Scheme, width: int) -> tuple[str, str] | None:
         if fitting
         else f"{sizes}: quantize with one scale per channel",
     )
+
+
+def heads_misfit(config: dict[str, Any], ranks: int) -> tuple[str, str] | None:
+    """(what is wrong, what to do) where ranks do not divide the attention heads."""
+    heads = (config.get("text_config") or config).get("num_attention_heads")
+    if not heads or heads % ranks == 0:
+        return None
+    fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+    what = f"{heads} attention heads cannot be shared by {ranks} tensor-parallel ranks"
+    return what, f"use a tensor-parallel size of {', '.join(fits)}"
+
+
+def require_sound(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder whose files are not whole, or whose tensors are not as its config says.
+
+    Reads headers only, so that no hours are spent before the last checkpoint turns out broken.
+    Weights in *.bin files have none and are left to vLLM.
+
+    Raises:
+        UserError: see `read_headers` and `check`; of several problems the first.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return
+    contents = check(read_headers(folder), config.get("quantization_config") or {})
+    refuse_errors(folder, contents)
+
+
+def refuse_errors(folder: Path, contents: Contents) -> None:
+    """Raise UserError for the first error among what was found."""
+    errors = [problem for problem in contents.problems if problem.severity == "error"]
+    if errors:
+        first = errors[0]
+        raise UserError(f"{folder}: {first.modules[0]}: {first.what}: {first.cure}")
 
 
 def check_sizes(sizes: dict[str, tuple[int, int]], quantization: dict[str, Any]) -> Contents:

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from maca_serve.doctor.checks import Contents, Problem
+from maca_serve.doctor.checks import Contents, Problem, heads_misfit
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.doctor.simulation import PACKAGES
 from maca_serve.doctor.speeds import slower
@@ -139,13 +139,8 @@ def _unasked(answer: Entry) -> Problem:
 
 def _heads(config: dict[str, Any], answer: Entry) -> list[Problem]:
     """vLLM checks this before it builds any layer."""
-    heads = (config.get("text_config") or config).get("num_attention_heads")
-    ranks = answer.get("target", {}).get("tensor_parallel", 1)
-    if not heads or heads % ranks == 0:
-        return []
-    fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]
-    what = f"{heads} attention heads cannot be shared by {ranks} tensor-parallel ranks"
-    return [Problem("error", what, f"use a tensor-parallel size of {', '.join(fits)}")]
+    misfit = heads_misfit(config, answer.get("target", {}).get("tensor_parallel", 1))
+    return [Problem("error", *misfit)] if misfit else []
 
 
 def _stored_otherwise(layers: list[Entry], contents: Contents) -> list[Problem]:

@@ -75,8 +75,8 @@ def _read_index(index: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: no readable weight_map ({error}); download it again") from error
     for file in files:
-        path = index.parent / file
-        if Path(file).name != file:
+        path = index.parent / str(file)
+        if Path(str(file)).name != file:
             raise UserError(f"{index}: names {file}, which is not a file of this folder")
         if not path.is_file():
             raise UserError(f"{path}: missing, and {INDEX} names it; download it again")

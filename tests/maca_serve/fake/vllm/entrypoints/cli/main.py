@@ -3,15 +3,19 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from vllm.model import logprob, other_tokens
 
 FAULT = os.environ.get("FAKE_VLLM", "")
 OPTIONS = argparse.Namespace()
+KEY = os.environ.get("VLLM_API_KEY")
 LOG = """\
 (EngineCore pid=8) INFO 11-22 00:28:04 [core.py:1] Initializing a V1 LLM engine (v0.32.0) with \
 config: model='m', skip_tokenizer_init=False, dtype=torch.bfloat16, max_seq_len=512, seed=0
@@ -32,8 +36,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if KEY and self.headers["Authorization"] != f"Bearer {KEY}":
+            return self.answer(401, {"error": "Unauthorized"})
         if "prompt_logprobs" not in body:
             print("request", json.dumps(body), flush=True)
+        phase = "scoring" if "prompt_logprobs" in body else "bench"
+        if f"stalls in {phase}" == FAULT:
+            stall()
+        if f"killed in {phase}" == FAULT:
+            os.kill(os.getpid(), signal.SIGKILL)
         if FAULT == "dies" or (FAULT == "dies in bench" and "prompt_logprobs" not in body):
             print(
                 "(EngineCore pid=8) ERROR 11-22 00:28:05 [x.py:1] MemoryError: no room", flush=True
@@ -68,6 +79,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def stall():
+    """Say that the place was reached, and stay there."""
+    Path(tempfile.gettempdir(), "reached").touch()
+    time.sleep(600)
+
+
 def entries(ids, top, shift):
     others = {str(token): {"logprob": value} for token, value in other_tokens(top).items()}
     found = [
@@ -94,7 +111,9 @@ def main():
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--max-model-len", type=int, default=8192)
-    options, _ = parser.parse_known_args(namespace=OPTIONS)
+    options, others = parser.parse_known_args(namespace=OPTIONS)
+    if "--no-such-flag" in others:
+        parser.error("unrecognized arguments: --no-such-flag")
     print(f"arguments {sys.argv[1:]}", flush=True)
     if FAULT == "does not start":
         print("(Worker pid=9) ERROR 11-22 00:28:05 [x.py:1] ValueError: no kernel for 3 bits")
@@ -105,7 +124,7 @@ def main():
     print(f"worker {worker.pid}", flush=True)
     print(LOG, end="", flush=True)
     if FAULT == "hangs":
-        time.sleep(600)
+        stall()
     ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
 
 

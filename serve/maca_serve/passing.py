@@ -1,0 +1,39 @@
+"""Flags that `maca-serve up DIR -- FLAGS` hands on to vLLM as they are."""
+
+from collections.abc import Sequence
+
+from maca_serve.errors import UserError
+
+# What maca-serve sets itself and relies on, and the option of its own to use instead.
+_OWN = {
+    "--host": "--host",
+    "--port": "--port",
+    "--api-key": "VLLM_API_KEY in the environment",
+    "--max-model-len": "--max-model-len",
+    "--tensor-parallel-size": "--tp",
+    "-tp": "--tp",
+    "--pipeline-parallel-size": "--pp",
+    "-pp": "--pp",
+    "--model": "DIR",
+    "--served-model-name": "the folder's name",
+    "--uds": "--host and --port",
+    "--ssl-keyfile": "a proxy that speaks TLS",
+    "--ssl-certfile": "a proxy that speaks TLS",
+}
+
+
+def check_flags(flags: Sequence[str]) -> list[str]:
+    """The flags, none of which is one that maca-serve sets; vLLM itself refuses unknown ones.
+
+    Raises:
+        UserError: a word where a flag should be, or a flag that has its own option here.
+    """
+    if flags and not flags[0].startswith("-"):
+        raise UserError(f"{flags[0]!r}: give one DIR; flags for vLLM follow `--`")
+    for flag in flags:
+        name = flag.partition("=")[0].replace("_", "-")
+        for own, instead in _OWN.items():
+            # vLLM takes abbreviations: --por is its --port.
+            if name == own or (len(name) > 2 and name.startswith("--") and own.startswith(name)):
+                raise UserError(f"{flag}: maca-serve sets {own} of vLLM itself; use {instead}")
+    return list(flags)

@@ -1,0 +1,31 @@
+import pytest
+from maca_serve.errors import UserError
+from maca_serve.passing import check_flags
+
+
+def test_flags_of_vllm_pass_with_their_values():
+    flags = ["--enable-prefix-caching", "--dtype", "float32", "--seed=1", "-O3", "--no-such-flag"]
+    assert check_flags(flags) == flags
+    assert check_flags([]) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("--port", "use --port"),
+        ("--port=8001", "use --port"),
+        ("--api_key", "use VLLM_API_KEY"),
+        ("--tensor_parallel_size=2", "use --tp"),
+        ("-pp", "use --pp"),
+        ("--hos", "use --host"),
+        ("--ssl-keyfile", "TLS"),
+    ],
+)
+def test_flags_that_maca_serve_sets_do_not(flag, instead):
+    with pytest.raises(UserError, match=f"^{flag}: maca-serve sets .*{instead}"):
+        check_flags(["--seed", "1", flag, "x"])
+
+
+def test_a_second_folder_is_no_flag():
+    with pytest.raises(UserError, match="'other': give one DIR; flags for vLLM follow `--`"):
+        check_flags(["other"])

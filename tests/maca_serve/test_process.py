@@ -1,0 +1,44 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from maca_serve.process import start_group, stop_group
+
+DEAF = """
+import signal, time
+signal.signal(15, lambda *_: time.sleep(1))
+print(flush=True)
+time.sleep(99)
+"""
+
+
+def interrupt_after(seconds):
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    return timer
+
+
+def test_ctrl_c_waits_until_the_stop_is_done(alive):
+    process = start_group([sys.executable, "-c", DEAF], {}, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    interrupt_after(0.3)
+    with pytest.raises(KeyboardInterrupt):
+        stop_group(process)
+    assert not alive(process.pid)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_child_hears_signals(alive):
+    process = start_group(["sleep", "99"], {})
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGINT
+    stop_group(process)
+
+
+def test_what_nobody_stopped_is_stopped_at_the_end(alive):
+    code = "from maca_serve.process import start_group; print(start_group(['sleep', '99'], {}).pid)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert not alive(int(done.stdout))
