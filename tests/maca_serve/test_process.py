@@ -7,7 +7,12 @@ import threading
 import pytest
 from maca_serve.process import start_group, stop_group
 
-DEAF = "import signal, time; signal.signal(15, lambda *_: time.sleep(1)); print(flush=True); time.sleep(99)"  # fmt: skip
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: exit(time.sleep(1)))
+print(flush=True)
+time.sleep(99)
+"""
 
 
 def interrupt_after(seconds):

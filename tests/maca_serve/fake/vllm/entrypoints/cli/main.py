@@ -32,10 +32,11 @@ class Handler(BaseHTTPRequestHandler):
         if KEY and self.headers["Authorization"] != f"Bearer {KEY}":
             return self.answer(401, {"error": "Unauthorized"})
         phase = "scoring" if "prompt_logprobs" in body else "bench"
-        if FAULT == f"stalls in {phase}":
-            stall()
-        if FAULT == f"killed in {phase}":
-            os.kill(os.getpid(), signal.SIGKILL)
+        match FAULT.split(f" in {phase}"):
+            case ["stalls", _]:
+                stall()
+            case ["killed", _]:
+                os.kill(os.getpid(), signal.SIGKILL)
         if FAULT == "dies" or (FAULT == "dies in bench" and "prompt_logprobs" not in body):
             print(
                 "(EngineCore pid=8) ERROR 11-22 00:28:05 [x.py:1] MemoryError: no room", flush=True
