@@ -7,11 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import httpx
+from urllib.parse import urlsplit
 
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.client import Client
@@ -174,12 +174,11 @@ class Engine:
     def _wait(self) -> None:
         began = changed = time.monotonic()
         size = 0
-        # One client for all polls: making one costs more than a poll.
-        with progress() as bar, httpx.Client(base_url=self.url, timeout=2.0) as http:
+        with progress() as bar:
             task = bar.add_task(
                 f"starting {self.checkpoint.name}", total=EXPECTED_SECONDS, note="vLLM"
             )
-            while not self._ready(http):
+            while not self._ready():
                 if self._exit_code() is not None:
                     raise self._failure("did not start")
                 now = time.monotonic()
@@ -194,10 +193,10 @@ class Engine:
             bar.update(task, completed=EXPECTED_SECONDS, note="ready")
         self.start_seconds = time.monotonic() - began
 
-    def _ready(self, http: httpx.Client) -> bool:
+    def _ready(self) -> bool:
         """Whether it answers; another program that took the port meanwhile may answer as well."""
         assert self._process is not None and self.port is not None
-        return _healthy(http) and listens(self._process, self.port)
+        return _healthy(self.url) and listens(self._process, self.port)
 
     def _exit_code(self) -> int | None:
         assert self._process is not None, "the engine was not started"
@@ -236,11 +235,18 @@ class Engine:
                 self._log.unlink(missing_ok=True)
 
 
-def _healthy(http: httpx.Client) -> bool:
+def _healthy(url: str) -> bool:
+    # Not httpx: interrupted at the wrong moment, its connection pool keeps its lock, and closing it
+    # then waits forever.
+    where = urlsplit(url)
+    connection = HTTPConnection(where.hostname or "", where.port, timeout=2.0)
     try:
-        return http.get("/health").status_code == 200
-    except httpx.HTTPError:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def claim_port(host: str, port: int | None) -> int:

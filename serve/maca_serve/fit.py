@@ -67,7 +67,8 @@ def fit(
         threads: CPU cores to compute on, divided among the ranks; see BIND_ALL_UP_TO when None.
 
     Raises:
-        UserError: a length beyond the model's context, too little free memory, or too few cores.
+        UserError: a length beyond the model's context, too little free memory, too few cores, or
+            pipeline ranks on a CPU.
     """
     if max_model_len is not None:
         _check_length(checkpoint, max_model_len)
@@ -83,6 +84,10 @@ def fit(
         if checkpoint.context is None or measured > checkpoint.context:
             max_model_len = measured
     if "cpu" in vllm_version:
+        if ranks.pipeline > 1:
+            raise UserError(
+                "--pp: with it vLLM's CPU build dies at the first request (0.32.0 did); use --tp"
+            )
         max_model_len = max_model_len or max(_usual_length(checkpoint), measured or 0)
         arguments += ["--dtype", "bfloat16", "--enforce-eager"]
         environment |= _cpu_environment(checkpoint, max_model_len, ranks, threads)
@@ -165,7 +170,7 @@ def _cache_gib(checkpoint: Checkpoint, max_model_len: int, ranks: Ranks) -> int:
     sequence = kv_bytes_per_token(checkpoint.text_config) * max_model_len
     # Ranks beyond the key-value heads keep copies of them.
     kv_heads = checkpoint.text_config.get("num_key_value_heads") or ranks.tensor
-    share = sequence / (ranks.pipeline * min(ranks.tensor, kv_heads))
+    share = sequence / min(ranks.tensor, kv_heads)
     left = available_memory() - checkpoint.size_bytes
     most = left // 2 // GIB // ranks.count
     if most < 1 or share > most * GIB:

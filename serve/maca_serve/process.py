@@ -52,7 +52,8 @@ def stop_group(process: subprocess.Popen[str]) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(TERM_SECONDS)
         _signal_group(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_SECONDS)
         deadline = time.monotonic() + KILL_SECONDS
         while _signal_group(process.pid, 0) and time.monotonic() < deadline:
             time.sleep(0.05)

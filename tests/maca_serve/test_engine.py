@@ -70,7 +70,7 @@ def test_failing_start_names_the_cause_and_shows_the_log(fake_vllm, engine, quan
 def test_silent_start_is_given_up(fake_vllm, engine, monkeypatch, alive):
     fake_vllm("hangs")
     monkeypatch.setattr(module, "SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(module, "_healthy", lambda http: False)
+    monkeypatch.setattr(module, "_healthy", lambda url: False)
     with pytest.raises(EngineError, match="said nothing for"):
         engine.__enter__()
     assert not alive(worker_of(engine))

@@ -77,8 +77,15 @@ def test_ranks_share_the_cache(make_checkpoint, monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda: 16 * GIB)
     shape = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128}
     checkpoint = open_checkpoint(make_checkpoint("8b", max_position_embeddings=8192, **shape))
-    for ranks, gib in ((Ranks(), "4"), (Ranks(2), "2"), (Ranks(1, 2), "2")):
+    for ranks, gib in ((Ranks(), "4"), (Ranks(2), "2")):
         assert fit(checkpoint, CPU, ranks=ranks).environment["VLLM_CPU_KVCACHE_SPACE"] == gib
+
+
+def test_pipelines_are_for_cuda(quantized):
+    with pytest.raises(UserError, match=r"--pp: with it vLLM's CPU build dies.*use --tp"):
+        fit(open_checkpoint(quantized), CPU, ranks=Ranks(1, 2))
+    arguments = fit(open_checkpoint(quantized), CUDA, ranks=Ranks(1, 2)).arguments
+    assert arguments[:2] == ["--pipeline-parallel-size", "2"]
 
 
 def test_it_says_what_it_chose(make_checkpoint):

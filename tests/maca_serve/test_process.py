@@ -9,7 +9,7 @@ from maca_serve.process import start_group, stop_group
 
 DEAF = """
 import signal, time
-signal.signal(15, lambda *_: time.sleep(1))
+signal.signal(signal.SIGTERM, lambda *_: exit(time.sleep(1)))
 print(flush=True)
 time.sleep(99)
 """

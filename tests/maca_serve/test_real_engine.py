@@ -4,9 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from maca_serve import UserError, compare, up
 from maca_serve.client import Client
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 FOLDER = os.environ.get("MACA_TEST_CHECKPOINTS")
 
@@ -74,3 +77,26 @@ def test_what_vllm_cannot_load_is_named(checkpoints, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"vLLM did not start: .*NoSuchModel"):
         up(tmp_path, port=None).__enter__()
+
+
+def test_two_ranks_compute_what_one_process_does(checkpoints, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, vocab_size=49152, max_position_embeddings=512, dtype="bfloat16",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(checkpoints[0]).save_pretrained(tmp_path)
+    ids = list(range(100, 160))
+    with up(tmp_path, port=None, tensor_parallel=2, api_key="key") as engine:
+        (found,) = engine.client().prompt_logprobs([ids])
+        workers = psutil.Process(engine._process.pid).children(recursive=True)
+        assert [process.name() for process in workers if "TP" in process.name()] == [
+            "VLLM::Worker_TP0",
+            "VLLM::Worker_TP1",
+        ]
+    with torch.no_grad():
+        logits = model.float()(torch.tensor([ids])).logits[0, :-1]
+    wanted = logits.log_softmax(-1)[range(59), ids[1:]]
+    assert found == pytest.approx(wanted.tolist(), abs=0.05)

@@ -15,6 +15,7 @@ from maca_serve.verification.reference import NoReference
 from maca_serve.verification.view import check_table, verdict
 from packed import MODEL, write_packed
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 FOLDER = os.environ.get("MACA_TEST_CHECKPOINTS")
@@ -68,6 +69,7 @@ def test_verify_passes_an_engine_that_agrees(checkpoint):
     assert outcome(result) == {
         "kernel": "pass",
         "memory of weights": "not checked",
+        "scales": "pass",
         "finite": "pass",
         "log-probabilities, mean": "pass",
         "log-probabilities, largest": "pass",
@@ -78,7 +80,7 @@ def test_verify_passes_an_engine_that_agrees(checkpoint):
         "prompts of 128 tokens": "pass",
         "alone and in a batch": "pass",
     }
-    assert verdict(result) == "w3: 10 passed, 0 failed, 1 not checked"
+    assert verdict(result) == "w3: 11 passed, 0 failed, 1 not checked"
 
 
 def test_verify_fails_an_engine_that_computes_something_else(checkpoint, monkeypatch):
@@ -99,6 +101,17 @@ def test_verify_fails_another_kernel(checkpoint, monkeypatch):
     other = {"layers": [{**LAYERS[0], "kernel": "MarlinLinearKernel"}]}
     monkeypatch.setattr(verifying, "diagnose", lambda folder: other)
     assert outcome(verify(checkpoint))["kernel"] == "fail"
+
+
+def test_verify_names_a_scale_that_is_no_number(checkpoint):
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    tensors[name][3, 4] = math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    scales = next(check for check in verify(checkpoint)["checks"] if check["name"] == "scales")
+    assert scales["status"] == "fail"
+    assert scales["found"] == f"1 of 14 hold NaN or infinity, first {name}"
 
 
 def test_verify_fails_broken_numbers_of_the_engine(checkpoint, fake_vllm):
@@ -123,7 +136,7 @@ def test_verify_says_what_was_not_checked(checkpoint, monkeypatch):
     agreement = next(check for check in result["checks"] if check["name"] == "agreement")
     assert agreement["status"] == "not checked"
     assert agreement["found"] == "no reference: its activations are quantized too"
-    assert verdict(result) == "w3: 2 passed, 0 failed, 3 not checked"
+    assert verdict(result) == "w3: 3 passed, 0 failed, 3 not checked"
 
 
 def test_verify_with_a_base(checkpoint, monkeypatch, make_checkpoint):

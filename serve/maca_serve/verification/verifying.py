@@ -18,6 +18,7 @@ from maca_serve.verification.checks import (
     Check,
     check_kernel,
     check_memory,
+    check_scales,
     held,
     not_checked,
 )
@@ -52,6 +53,7 @@ def verify(folder: str | Path, *, base: str | Path | None = None) -> dict[str, A
     layers = diagnose(folder)["layers"] if checkpoint.quantized else None
     run = _run_engine(checkpoint, version, prompts)
     checks = [check_kernel(run.log, layers), check_memory(run.log, _file_bytes(checkpoint))]
+    checks.append(check_scales(read_headers(checkpoint.path)))
     if run.answers is None:
         checks += [Check("finite", FAIL, run.broken), not_checked("agreement", run.broken)]
     else:

@@ -41,10 +41,11 @@ class Handler(BaseHTTPRequestHandler):
         if "prompt_logprobs" not in body:
             print("request", json.dumps(body), flush=True)
         phase = "scoring" if "prompt_logprobs" in body else "bench"
-        if f"stalls in {phase}" == FAULT:
-            stall()
-        if f"killed in {phase}" == FAULT:
-            os.kill(os.getpid(), signal.SIGKILL)
+        match FAULT.split(f" in {phase}"):
+            case ["stalls", _]:
+                stall()
+            case ["killed", _]:
+                os.kill(os.getpid(), signal.SIGKILL)
         if FAULT == "dies" or (FAULT == "dies in bench" and "prompt_logprobs" not in body):
             print(
                 "(EngineCore pid=8) ERROR 11-22 00:28:05 [x.py:1] MemoryError: no room", flush=True
