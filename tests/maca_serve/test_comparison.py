@@ -36,8 +36,8 @@ def test_both_files_and_their_numbers(fake_vllm, base, quantized, settings):
         "kv_cache_bytes": 1024**3,
         "kv_cache_tokens": 46592,
     }
-    # The fake's weights are no safetensors file.
-    assert "not a safetensors file" in second["bandwidth"]["not_computed"]
+    # The fake's weights are none of a real model.
+    assert "none of the tensors is known" in second["bandwidth"]["not_computed"]
     assert results["schedule"]["order"] == ["base", "w4", "w4", "base"]
     assert results["machine"]["copy_bandwidth"]["bytes_per_s"] > 1e8
     # The fake engine does not read weights: both are equally good.

@@ -132,7 +132,7 @@ def test_through_the_server(fake_vllm, quantized, manager, monkeypatch):
         found = opened.score(
             engine.checkpoint, engine.client(), engine.url, limit=4, seed=0, special_tokens=True
         )
-        requests = [json.loads(line[8:]) for line in engine._lines() if line.startswith("request")]
+        requests = [json.loads(line[8:]) for line in engine.log_lines if line.startswith("request")]
     choice, long = found["choice"], found["long"]
     assert choice["questions"] == 4
     assert choice["scores"] == [float(best_choice(i) == i % 2) for i in range(4)]
