@@ -88,7 +88,8 @@ def _recovery(entry: Entry, *path: str) -> list[str]:
         kept, interval = kept[key], interval[key]
     if kept is None:
         return ["-"]
-    return [f"{kept:.1f} %" + (f" ({interval[0]:.0f}-{interval[1]:.0f})" if interval else "")]
+    known = interval is not None and interval[0] < interval[1]
+    return [f"{kept:.1f} %" + (f" ({interval[0]:.0f}-{interval[1]:.0f})" if known else "")]
 
 
 def _score(task: dict[str, Any]) -> str:

@@ -66,8 +66,13 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        try:
+            self._session = {}
+            self.send("Browser.close")  # its own children first, which write into the profile
+            self._process.wait(20)
+        except (RuntimeError, OSError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
         os.close(self._to)
         os.close(self._from)
         self._profile.cleanup()
