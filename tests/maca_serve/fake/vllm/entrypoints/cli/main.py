@@ -39,7 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         if KEY and self.headers["Authorization"] != f"Bearer {KEY}":
             return self.answer(401, {"error": "Unauthorized"})
         if "prompt_logprobs" not in body:
-            print("request", json.dumps(body), flush=True)
+            # one write, or lines of requests that come at once would mix
+            print(f"request {json.dumps(body)}\n", end="", flush=True)
         phase = "scoring" if "prompt_logprobs" in body else "bench"
         match FAULT.split(f" in {phase}"):
             case ["stalls", _]:
