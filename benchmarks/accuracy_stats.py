@@ -84,7 +84,7 @@ def mean_and_error(by_task: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(100 * mean), float(100 * variance**0.5)
 
 
-def zero_shot(cells: Sequence[dict]) -> list[np.ndarray]:
+def zero_shot(cells: Sequence[dict], left_out: Sequence[str] = ()) -> list[np.ndarray]:
     """Of each task, every question's share of right answers over the seeds."""
-    names = cells[0]["tasks"]
+    names = [name for name in cells[0]["tasks"] if name not in left_out]
     return [np.mean([right(cell["tasks"], name) for cell in cells], axis=0) for name in names]

@@ -89,4 +89,4 @@ def test_targets_are_computed_from_the_cells():
     assert "lower in 1 of 2; p < 0.05 (Holm) in 2 of 2; 1 significantly worse" in found
     assert "0.37 / 0.37 / 0.37 m w3-g32" in found
     assert "0.020 / 0.200 m w3-g32 (3 seeds)" in found
-    assert "+50.0 ± " in found
+    assert "points: +50.0 ± " in found and "without boolq" in found
