@@ -12,6 +12,29 @@ import typer
 
 from maca_serve.console import err, out
 from maca_serve.errors import EngineError, UserError
+from maca_serve.options import (
+    Concurrency,
+    Folder,
+    Folders,
+    InputLen,
+    Lengths,
+    Limit,
+    Names,
+    Output,
+    OutputLen,
+    Prompts,
+    Rates,
+    Repeats,
+    Tasks,
+    Text,
+    Windows,
+    join,
+    lengths_of,
+    numbers_of,
+    rates_of,
+    split,
+    split_tasks,
+)
 from maca_serve.settings import (
     CONCURRENCY,
     INPUT_LEN,
@@ -33,46 +56,6 @@ app = typer.Typer(
 
 
 UsageError: Any = typer.BadParameter.__base__  # of typer's own copy of click
-
-
-def _join(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))
-
-
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder.")]
-Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Checkpoint folders.")]
-Text = Annotated[
-    Path | None, typer.Option(help=".txt or .jsonl (`text`); the package's sample by default.")
-]
-Lengths = Annotated[
-    str, typer.Option(help="Input lengths in tokens, increasing; `context` is the model's.")
-]
-Windows = Annotated[int, typer.Option(help="Target blocks of 32 tokens, same at every length.")]
-Tasks = Annotated[
-    list[str],
-    typer.Option(
-        help="JSONL files, `continuation`, `needle`, `copy`, lm-eval names, or `usual` for eight of"
-        " them; commas, or repeat it."
-    ),
-]
-Limit = Annotated[int, typer.Option(help="At most this many questions of each task.")]
-Concurrency = Annotated[str, typer.Option(help="Requests in flight, one run for each.")]
-InputLen = Annotated[str, typer.Option(help="Prompt tokens of a timed request; several: 32,512.")]
-OutputLen = Annotated[int, typer.Option(help="Output tokens of a timed request.")]
-Prompts = Annotated[
-    int | None, typer.Option(help="Requests of a run; 2 for each in flight by default.")
-]
-Rates = Annotated[
-    str | None,
-    typer.Option(help="Also arrivals per second, e.g. 0.5,1,2; auto: shares of the base's peak."),
-]
-Repeats = Annotated[
-    int, typer.Option(help="Runs of each checkpoint under each load, in alternating order.")
-]
-Names = Annotated[
-    str | None, typer.Option(help="Names in results, a,b,c; folder names by default.")
-]
-Output = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 
 
 @app.command()
@@ -127,7 +110,7 @@ def up(
 def accuracy(
     folders: Folders,
     text: Text = None,
-    lengths: Lengths = _join(LENGTHS),
+    lengths: Lengths = join(LENGTHS),
     windows: Windows = WINDOWS,
     tasks: Tasks = [CONTINUATION],  # noqa: B006
     limit: Limit = LIMIT,
@@ -140,11 +123,11 @@ def accuracy(
     results = measure.accuracy(
         folders,
         text=text,
-        lengths=_lengths(lengths),
+        lengths=lengths_of(lengths),
         windows=windows,
-        tasks=_split_tasks(tasks),
+        tasks=split_tasks(tasks),
         limit=limit,
-        names=_split(names),
+        names=split(names),
         output=output,
     )
     _show(results, output)
@@ -153,8 +136,8 @@ def accuracy(
 @app.command()
 def throughput(
     folders: Folders,
-    concurrency: Concurrency = _join(CONCURRENCY),
-    input_len: InputLen = _join(INPUT_LEN),
+    concurrency: Concurrency = join(CONCURRENCY),
+    input_len: InputLen = join(INPUT_LEN),
     output_len: OutputLen = OUTPUT_LEN,
     prompts: Prompts = None,
     rates: Rates = None,
@@ -167,13 +150,13 @@ def throughput(
 
     results = measure.throughput(
         folders,
-        concurrency=_numbers("--concurrency", concurrency),
-        input_len=_numbers("--input-len", input_len),
+        concurrency=numbers_of("--concurrency", concurrency),
+        input_len=numbers_of("--input-len", input_len),
         output_len=output_len,
         prompts=prompts,
-        rates=_rates(rates),
+        rates=rates_of(rates),
         repeats=repeats,
-        names=_split(names),
+        names=split(names),
         output=output,
     )
     _show(results, output)
@@ -186,12 +169,12 @@ def compare(
         list[Path], typer.Argument(metavar="DIR...", help="Quantized checkpoint folders.")
     ],
     text: Text = None,
-    lengths: Lengths = _join(LENGTHS),
+    lengths: Lengths = join(LENGTHS),
     windows: Windows = WINDOWS,
     tasks: Tasks = [CONTINUATION],  # noqa: B006
     limit: Limit = LIMIT,
-    concurrency: Concurrency = _join(CONCURRENCY),
-    input_len: InputLen = _join(INPUT_LEN),
+    concurrency: Concurrency = join(CONCURRENCY),
+    input_len: InputLen = join(INPUT_LEN),
     output_len: OutputLen = OUTPUT_LEN,
     prompts: Prompts = None,
     rates: Rates = None,
@@ -208,17 +191,17 @@ def compare(
         base,
         folders,
         text=text,
-        lengths=_lengths(lengths),
+        lengths=lengths_of(lengths),
         windows=windows,
-        tasks=_split_tasks(tasks),
+        tasks=split_tasks(tasks),
         limit=limit,
-        concurrency=_numbers("--concurrency", concurrency),
-        input_len=_numbers("--input-len", input_len),
+        concurrency=numbers_of("--concurrency", concurrency),
+        input_len=numbers_of("--input-len", input_len),
         output_len=output_len,
         prompts=prompts,
-        rates=_rates(rates),
+        rates=rates_of(rates),
         repeats=repeats,
-        names=_split(names),
+        names=split(names),
         output=output,
     )
     _show(results, output / comparison.RESULTS)
@@ -355,34 +338,3 @@ def _say(line: str) -> None:
 
 def _warn(line: str) -> None:
     err.print(f"warning: {line}", markup=False, soft_wrap=True)
-
-
-def _split(value: str | None) -> list[str] | None:
-    return [part.strip() for part in value.split(",")] if value is not None else None
-
-
-def _split_tasks(values: list[str]) -> list[str]:
-    """Commas separate, but a file whose name holds one is a file."""
-    parts = [[value] if Path(value).is_file() else value.split(",") for value in values]
-    return [part.strip() for group in parts for part in group if part.strip()]
-
-
-def _lengths(value: str) -> list[int | str]:
-    """Numbers where they are some; what else may stand there is known to whoever uses them."""
-    parts = [part.strip() for part in value.split(",")]
-    return [int(part) if part.removeprefix("-").isdecimal() else part for part in parts]
-
-
-def _numbers(option: str, value: str) -> list[int]:
-    try:
-        return [int(part) for part in value.split(",")]
-    except ValueError:
-        raise UserError(f"{option}: {value!r} is not a list of numbers such as 64,256") from None
-
-
-def _rates(value: str | None) -> list[float] | str:
-    """Requests per second, or a word, which the settings know or refuse."""
-    try:
-        return [float(part) for part in value.split(",")] if value is not None else []
-    except ValueError:
-        return str(value)
