@@ -152,6 +152,10 @@ def test_missing_operators_of_the_build():
     diagnosis = diagnose(entry(missing_ops=["cpu_gemm_wna16"]), simulated=False)
     assert diagnosis["verdict"] == "does not load"
     assert "its build here lacks cpu_gemm_wna16" in whats(diagnosis)[0]
+    assert "a CPU with AVX-512" in diagnosis["problems"][0]["cure"]
+    diagnosis = diagnose(entry(missing_ops=["static_scaled_fp8_quant"]), simulated=False)
+    assert diagnosis["verdict"] == "does not load"
+    assert "a scale per channel or per block" in diagnosis["problems"][0]["cure"]
 
 
 def test_activations_left_at_16_bits():

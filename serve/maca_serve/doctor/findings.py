@@ -8,7 +8,7 @@ from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.doctor.simulation import PACKAGES
 from maca_serve.doctor.speeds import slower
 from maca_serve.doctor.straddling import torn_words
-from maca_serve.doctor.traps import false_yes
+from maca_serve.doctor.traps import REQUANTIZES, false_yes
 from maca_serve.machine import describe_machine
 
 Entry = dict[str, Any]
@@ -87,6 +87,8 @@ def _layer_problems(entry: Entry, config: dict[str, Any], answer: Entry) -> list
         ops, flags = ", ".join(entry["missing_ops"]), ", ".join(describe_machine()["cpu_flags"])
         what = f"vLLM would choose {entry['kernel']}, and its build here lacks {ops}"
         cure = f"serve it on a CPU with AVX-512; this one has {flags or 'no vector extensions'}"
+        if REQUANTIZES in entry["missing_ops"]:
+            cure = "quantize with a scale per channel or per block (FP8_DYNAMIC, FP8_BLOCK)"
         found.append(Problem("error", what, cure, name))
     if trap := false_yes(entry["kernel"] or "", answer["target"]["capability"], entry["layer"]):
         found.append(trap)

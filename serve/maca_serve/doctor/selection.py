@@ -1,7 +1,6 @@
 """The answer to one question about kernels; runs in the worker, where vLLM is imported."""
 
 import copy
-import inspect
 import re
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 
 from maca_serve.doctor.building import as_rank_of, build, share
 from maca_serve.doctor.fusing import Layer, fuse, model_class
+from maca_serve.doctor.operators import missing_ops
 from maca_serve.doctor.simulation import (
     PACKAGES,
     Availability,
@@ -22,7 +22,6 @@ Answer = dict[str, Any]
 # A layer that every kernel's tiles divide: what is refused here is refused for the scheme.
 ROOMY = 8192
 _NUMBER = re.compile(r"\b\d+\b")
-_TORCH_OP = re.compile(r"torch\.ops\._C\.(\w+)")
 
 
 def answer(question: dict[str, Any]) -> Answer:
@@ -179,7 +178,7 @@ class _Chooser:
                 for name, reason, needs in trace.refused
             ],
             "error": error,
-            "missing_ops": [] if self.simulated or kernel is None else missing_ops(kernel),
+            "missing_ops": [] if self.simulated or kernel is None else missing_ops(kernel, scheme),
         }
 
     def _quant_config(self, quantization: dict[str, Any]) -> Any:
@@ -253,24 +252,6 @@ def _refusal(quantization: Any, config: dict[str, Any], dtype: torch.dtype) -> s
     if dtype not in parsed.get_supported_act_dtypes():
         return f"{method} does not compute in {dtype}"
     return None
-
-
-def missing_ops(kernel: type) -> list[str]:
-    """Compiled operators of a kernel when the build here has none of them, else nothing.
-
-    `can_implement` does not look: vLLM's AVX2 build accepts W4A16 and fails at the first token
-    (vLLM issue 55613). A kernel names several when it has several ways; one is enough.
-    """
-    from vllm import _custom_ops
-
-    source = inspect.getsource(kernel.apply_weights) if hasattr(kernel, "apply_weights") else ""
-    names = set()
-    for name in re.findall(r"\bops\.(\w+)\(", source):
-        function = getattr(_custom_ops, name, None)
-        if inspect.isfunction(function):
-            names |= set(_TORCH_OP.findall(inspect.getsource(function)))
-    missing = [name for name in names if not hasattr(torch.ops._C, name)]
-    return sorted(missing) if len(missing) == len(names) else []
 
 
 def _kernel_of(layer: Any) -> type | None:

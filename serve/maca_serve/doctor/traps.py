@@ -5,6 +5,8 @@ from maca_serve.doctor.checks import Problem
 # Kernel: (compute capability from which its compiled code refuses, what is known about it).
 # Python accepts int8 on Blackwell, C++ answers "Int8 not supported on SM120" at the first token.
 REFUSES_FROM = {"CutlassInt8ScaledMMLinearKernel": (100, "vLLM issue 54311")}
+# What makes one scale of several, also of one, when FP8 weights with a scale per tensor are loaded.
+REQUANTIZES = "static_scaled_fp8_quant"
 
 
 def false_yes(kernel: str, capability: int | None, layer: str) -> Problem | None:
