@@ -1,6 +1,7 @@
 """Does vLLM do what the doctor says it would? Scheme by scheme, on this machine.
 
-    .venv-serve/bin/python benchmarks/doctor_agreement.py    # writes results/doctor_agreement.json
+    .venv-serve/bin/python benchmarks/doctor_agreement.py          # all, half an hour on two cores
+    .venv-serve/bin/python benchmarks/doctor_agreement.py w8a8     # some; the others' results stay
 
 Makes the checkpoints of ``doctor_cases.py``, and one of them again in 4-bit containers; asks the
 doctor, which loads no weights; then starts the engine on each and sends a request. They agree where
@@ -9,13 +10,14 @@ both refuse, or where the engine answers on the kernels that the doctor named.
 
 import json
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from maca_serve import diagnose
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.engine import Engine
-from maca_serve.errors import EngineError, UserError
+from maca_serve.errors import EngineError, RequestError, UserError
 from maca_serve.fit import fit
 from maca_serve.machine import describe_machine, require_vllm, versions
 from maca_serve.repacking import repack
@@ -58,8 +60,9 @@ def serve(folder: Path, layers: list[dict]) -> dict:
             engine.client().score([PROMPT], lambda _: None)
             check = check_kernel(engine.log.read_text().splitlines(), layers)
             return {"runs": True, "kernel": engine.kernel, "named": check.status, "why": ""}
-    except EngineError as error:
-        return {"runs": False, "kernel": None, "named": NOT_CHECKED, "why": str(error)}
+    except (EngineError, RequestError) as error:
+        why = str(error).removeprefix(f"{folder}: ").partition(" (log: ")[0]
+        return {"runs": False, "kernel": None, "named": NOT_CHECKED, "why": why}
 
 
 def compare(folder: Path) -> dict:
@@ -78,14 +81,14 @@ def compare(folder: Path) -> dict:
     }
 
 
-def main() -> None:
-    """Compare all, write the result after each, print a table."""
-    found: list[dict] = []
-    content = {"machine": describe_machine(), "versions": versions(), "cases": found}
-    with tempfile.TemporaryDirectory() as name:
-        for case in tqdm(make_checkpoints(Path(name)), desc="engines"):
-            found.append(compare(case))
-            RESULT.write_text(json.dumps(content, indent=1) + "\n")
+def before() -> dict[str, dict]:
+    """Cases of an earlier run."""
+    found = json.loads(RESULT.read_text())["cases"] if RESULT.exists() else []
+    return {case["case"]: case for case in found}
+
+
+def table(found: list[dict]) -> str:
+    """A row for each case."""
     rows = [["checkpoint", "doctor", "its kernels", "engine", "its log's kernels", "agree"]]
     for case in found:
         doctor, engine = case["doctor"], case["engine"]
@@ -99,7 +102,21 @@ def main() -> None:
                 "yes" if case["agree"] else "NO",
             ]
         )
-    print(markdown(rows))
+    return markdown(rows)
+
+
+def main() -> None:
+    """Compare, write the result after each case, print a table of all."""
+    cases = before() if sys.argv[1:] else {}
+    with tempfile.TemporaryDirectory() as name:
+        folders = make_checkpoints(Path(name))
+        names = sys.argv[1:] or [folder.name for folder in folders]
+        for folder in tqdm([f for f in folders if f.name in names], desc="engines"):
+            cases[folder.name] = compare(folder)
+            found = [cases[name] for name in sorted(cases)]
+            content = {"machine": describe_machine(), "versions": versions(), "cases": found}
+            RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(found))
     print(f"{sum(case['agree'] for case in found)} of {len(found)} agree")
 
 
