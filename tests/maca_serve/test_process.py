@@ -15,6 +15,14 @@ time.sleep(99)
 """
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A shell starts what it puts in the background with Ctrl-C ignored, these tests, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_after(seconds):
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
