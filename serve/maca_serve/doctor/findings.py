@@ -6,7 +6,7 @@ from typing import Any
 from maca_serve.doctor.checks import Contents, Problem, heads_misfit
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.doctor.simulation import PACKAGES
-from maca_serve.doctor.speeds import slower
+from maca_serve.doctor.speeds import no_faster
 from maca_serve.doctor.straddling import torn_words
 from maca_serve.doctor.traps import REQUANTIZES, false_yes
 from maca_serve.machine import describe_machine
@@ -93,7 +93,7 @@ def _layer_problems(entry: Entry, config: dict[str, Any], answer: Entry) -> list
     if trap := false_yes(entry["kernel"] or "", answer["target"]["capability"], entry["layer"]):
         found.append(trap)
     here = None if _simulated(answer) else describe_machine()
-    if here and (slow := slower(entry["kernel"] or "", here, entry["layer"])):
+    if here and (slow := no_faster(entry["kernel"] or "", here, entry["layer"])):
         found.append(slow)
     if entry["falls_back_from"]:
         reason = _reason(entry, entry["falls_back_from"])

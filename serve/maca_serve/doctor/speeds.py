@@ -1,4 +1,4 @@
-"""Kernels that were measured to be slower than 16 bits, on a machine of this kind.
+"""Kernels that were measured to be no faster than 16 bits, on a machine of this kind.
 
 The measurements are `assets/kernel_speeds.json`, which `benchmarks/serving.py --publish` writes
 from its result files: a list of {"kernel", "machine", "like", "model", "load", "ratio", "source"}.
@@ -25,8 +25,8 @@ def kind(machine: dict[str, Any]) -> list[str]:
     return list(machine["gpus"] or machine["cpu_flags"])
 
 
-def slower(kernel: str, machine: dict[str, Any], layer: str) -> Problem | None:
-    """A note on a kernel that was slower than 16 bits, None where that is not known.
+def no_faster(kernel: str, machine: dict[str, Any], layer: str) -> Problem | None:
+    """A note on a kernel that was no faster than 16 bits, None where that is not known.
 
     Args:
         kernel: the kernel's class name.
@@ -35,9 +35,10 @@ def slower(kernel: str, machine: dict[str, Any], layer: str) -> Problem | None:
     """
     for found in read_speeds():
         alike = found["kernel"] == kernel and found["like"] == kind(machine)
-        if alike and found["ratio"] < 1 - MARGIN:
+        if alike and found["ratio"] < 1 + MARGIN:
+            word = "slower" if found["ratio"] < 1 - MARGIN else "no faster"
             what = (
-                f"{kernel} was slower than BF16, {found['ratio']:.2f}x, where it was measured:"
+                f"{kernel} was {word} than BF16, {found['ratio']:.2f}x, where it was measured:"
                 f" {found['model']}, {found['load']}, on {found['machine']} ({found['source']})"
             )
             return Problem("note", what, "measure it here: maca-serve throughput BASE DIR", [layer])
