@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from maca_llmc import models
 
 EVEN = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
-ODD = {"hidden_size": 240, "intermediate_size": 496, "head_dim": 60}
+ODD = {"hidden_size": 240, "intermediate_size": 496, "head_dim": 64}
 """Widths that 16 divides and 32 does not."""
 
 
