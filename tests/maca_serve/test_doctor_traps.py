@@ -1,5 +1,5 @@
 import pytest
-from maca_serve.doctor.traps import false_yes
+from maca_serve.doctor.traps import false_yes, half_a_tile
 
 INT8 = "CutlassInt8ScaledMMLinearKernel"
 
@@ -13,3 +13,13 @@ def test_int8_on_blackwell():
 @pytest.mark.parametrize(("kernel", "capability"), [(INT8, 90), (INT8, None), ("Other", 120)])
 def test_elsewhere_a_yes_is_one(kernel, capability):
     assert false_yes(kernel, capability, "x") is None
+
+
+@pytest.mark.parametrize(
+    ("partition", "fails"),
+    [([240, 256], True), ([256, 256], False), ([240, 496], False), ([8, 256], False)],
+)
+def test_int8_widths_that_amx_code_cannot_pack(partition, fails):
+    found = half_a_tile("CPUInt8ScaledMMLinearKernel", partition, "o_proj")
+    assert (found is not None) == fails
+    assert half_a_tile("CPUWNA16LinearKernel", partition, "o_proj") is None

@@ -8,7 +8,7 @@ from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.doctor.simulation import PACKAGES
 from maca_serve.doctor.speeds import no_faster
 from maca_serve.doctor.straddling import torn_words
-from maca_serve.doctor.traps import REQUANTIZES, false_yes
+from maca_serve.doctor.traps import REQUANTIZES, false_yes, half_a_tile
 from maca_serve.machine import describe_machine
 
 Entry = dict[str, Any]
@@ -93,6 +93,9 @@ def _layer_problems(entry: Entry, config: dict[str, Any], answer: Entry) -> list
     if trap := false_yes(entry["kernel"] or "", answer["target"]["capability"], entry["layer"]):
         found.append(trap)
     here = None if _simulated(answer) else describe_machine()
+    on_amx = here is not None and _has_amx() and entry["partition"]
+    if on_amx and (tile := half_a_tile(entry["kernel"] or "", entry["partition"], entry["layer"])):
+        found.append(tile)
     if here and (slow := no_faster(entry["kernel"] or "", here, entry["layer"])):
         found.append(slow)
     if entry["falls_back_from"]:

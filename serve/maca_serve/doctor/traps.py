@@ -27,3 +27,20 @@ def false_yes(kernel: str, capability: int | None, layer: str) -> Problem | None
         f"set VLLM_DISABLED_KERNELS={kernel}, here to see what would be next and there to serve",
         [layer],
     )
+
+
+def half_a_tile(kernel: str, partition: list[int], layer: str) -> Problem | None:
+    """The problem with int8 weights that vLLM gives to its AMX code and that cannot pack them.
+
+    `check_cpu_sgl_kernel` (vLLM 0.32) asks for output widths that 16 divides, the packing for 32.
+
+    Args:
+        kernel: the kernel's class name.
+        partition: [output, input] features on one rank, on a CPU with AMX.
+        layer: where it would run.
+    """
+    out, width = partition
+    if kernel != "CPUInt8ScaledMMLinearKernel" or width % 32 or out % 32 != 16:
+        return None
+    what = f"vLLM gives {kernel} an output width of {out}, and its AMX code packs tiles of 32"
+    return Problem("error", what, "leave these layers out of the recipe (`ignore`)", [layer])
