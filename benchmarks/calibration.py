@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from shapes import LLAMA_8B
 from tables import markdown
 from tqdm import tqdm
 
@@ -61,16 +62,7 @@ SIZES = {
     }
     for width in (512, 1024, 2048)
 }
-LAYER_8B = {
-    "vocab_size": 4096,
-    "num_hidden_layers": 1,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-}
+LAYER_8B = {"vocab_size": 4096, "num_hidden_layers": 1, **LLAMA_8B}
 MOE = {
     "vocab_size": 4096,
     "num_hidden_layers": 1,

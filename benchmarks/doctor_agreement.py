@@ -58,7 +58,7 @@ def serve(folder: Path, layers: list[dict]) -> dict:
     try:
         with Engine(checkpoint, fit(checkpoint, require_vllm())) as engine:
             engine.client().score([PROMPT], lambda _: None)
-            check = check_kernel(engine.log.read_text().splitlines(), layers)
+            check = check_kernel(engine.log_lines, layers)
             return {"runs": True, "kernel": engine.kernel, "named": check.status, "why": ""}
     except (EngineError, RequestError) as error:
         why = str(error).removeprefix(f"{folder}: ").partition(" (log: ")[0]

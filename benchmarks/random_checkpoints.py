@@ -14,17 +14,9 @@ from compressed_tensors.quantization import QuantizationConfig, preset_name_to_s
 from maca_serve.doctor.layouts import expected
 from maca_serve.doctor.schemes import scheme_finder
 from safetensors.torch import save_file
+from shapes import LLAMA_8B
 from transformers import AutoTokenizer
 
-# Llama-3-8B but for the vocabulary, which is that of the tokenizer.
-SHAPE = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-}
 # Names of compressed-tensors' presets, and bits where they are others than the preset's.
 SCHEMES = {
     "w8a8": ("W8A8", "int-quantized", None),
@@ -37,10 +29,11 @@ SPREAD = 0.02  # standard deviation of weights
 TYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 
 
-def make(folder: Path, scheme: str, layers: int, tokenizer: Path, shape: dict = SHAPE) -> Path:
+def make(folder: Path, scheme: str, layers: int, tokenizer: Path, shape: dict = LLAMA_8B) -> Path:
     """Write a checkpoint; `bf16` or one of SCHEMES. A folder that is there already is kept.
 
-    The embedding is tied, which keeps a model of few layers near the proportions of a large one.
+    The vocabulary is that of the tokenizer. The embedding is tied, which keeps a model of few
+    layers near the proportions of a large one.
     """
     if folder.is_dir():
         return folder

@@ -76,15 +76,7 @@ def perplexity_plot(entries: list[Entry]) -> str:
     """Perplexity against input length, with one standard error either way."""
 
     def draw(axes: Axes) -> None:
-        for index, entry in enumerate(entries):
-            points = entry["perplexity"].values()
-            _line(
-                axes,
-                entries,
-                index,
-                [point["ppl"] for point in points],
-                [point["stderr"] for point in points],
-            )
+        _lines(axes, entries, [entry["perplexity"] for entry in entries], "ppl", "stderr")
         axes.set_ylabel("perplexity (lower is better)")
         _length_axis(axes, entries[0])
 
@@ -113,15 +105,8 @@ def probe_plot(entries: list[Entry], name: str) -> str:
     """A probe's mean log-probability against input length, with one standard error either way."""
 
     def draw(axes: Axes) -> None:
-        for index, entry in enumerate(entries):
-            points = entry["probes"][name].values()
-            _line(
-                axes,
-                entries,
-                index,
-                [point["logprob"] for point in points],
-                [point["logprob_stderr"] for point in points],
-            )
+        found = [entry["probes"][name] for entry in entries]
+        _lines(axes, entries, found, "logprob", "logprob_stderr")
         axes.set_ylabel("log-probability per token, nats")
         axes.set_title(f"{name} (higher is better)", fontsize=9.5)
         _length_axis(axes, entries[0])
@@ -188,6 +173,15 @@ def _single(
             # Below the axes, where it hides nothing.
             figure.legend(handles, labels, fontsize=8.5, loc="outside lower center", ncols=columns)
     return to_svg(figure, name)
+
+
+def _lines(
+    axes: Axes, entries: list[Entry], found: list[dict[str, Entry]], value: str, error: str
+) -> None:
+    """A line for each entry through what was found by length, `error` either way of `value`."""
+    for index, points in enumerate(found):
+        values = [point[value] for point in points.values()]
+        _line(axes, entries, index, values, [point[error] for point in points.values()])
 
 
 def _line(axes: Axes, entries: list[Entry], index: int, values: list[float], errors: Any) -> None:

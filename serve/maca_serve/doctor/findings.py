@@ -40,7 +40,9 @@ def describe(
     if answer["unasked"]:
         problems.append(_unasked(answer))
     problems += _heads(config, answer)
-    problems += [problem for entry in layers for problem in _layer_problems(entry, config, answer)]
+    here = None if _simulated(answer) else describe_machine()
+    for entry in layers:
+        problems += _layer_problems(entry, config, answer, here)
     problems += _stored_otherwise(layers, contents)
     problems += _experts(contents)
     problems = _merge(problems)
@@ -77,14 +79,17 @@ def _complete(entry: Entry) -> Entry:
     return {**entry, "falls_back_from": fell, "with_packages": entry.get("with_packages")}
 
 
-def _layer_problems(entry: Entry, config: dict[str, Any], answer: Entry) -> list[Problem]:
+def _layer_problems(
+    entry: Entry, config: dict[str, Any], answer: Entry, here: Entry | None
+) -> list[Problem]:
+    """`here` is this machine, None where another is asked about."""
     if not entry["quantized"]:
         return []
     name, found = [entry["layer"]], []
     if entry["kernel"] is None:
         found.append(_no_kernel(entry, answer))
     elif entry["missing_ops"]:
-        ops, flags = ", ".join(entry["missing_ops"]), ", ".join(describe_machine()["cpu_flags"])
+        ops, flags = ", ".join(entry["missing_ops"]), ", ".join(here["cpu_flags"] if here else [])
         what = f"vLLM would choose {entry['kernel']}, and its build here lacks {ops}"
         cure = f"serve it on a CPU with AVX-512; this one has {flags or 'no vector extensions'}"
         if REQUANTIZES in entry["missing_ops"]:
@@ -92,9 +97,9 @@ def _layer_problems(entry: Entry, config: dict[str, Any], answer: Entry) -> list
         found.append(Problem("error", what, cure, name))
     if trap := false_yes(entry["kernel"] or "", answer["target"]["capability"], entry["layer"]):
         found.append(trap)
-    here = None if _simulated(answer) else describe_machine()
-    on_amx = here is not None and _has_amx() and entry["partition"]
-    if on_amx and (tile := half_a_tile(entry["kernel"] or "", entry["partition"], entry["layer"])):
+    on_amx = here is not None and "amx_int8" in here["cpu_flags"]
+    part = entry["partition"] if on_amx else None
+    if part and (tile := half_a_tile(entry["kernel"] or "", part, entry["layer"])):
         found.append(tile)
     if here and (slow := no_faster(entry["kernel"] or "", here, entry["layer"])):
         found.append(slow)
@@ -114,7 +119,7 @@ def _layer_problems(entry: Entry, config: dict[str, Any], answer: Entry) -> list
     if entry["class"] is None and answer["target"]["tensor_parallel"] > 1:
         what = "vLLM's code does not say how it is split over ranks; asked as if it were not"
         found.append(Problem("warning", what, "", name))
-    if entry["kernel"] == "CPUWNA16LinearKernel" and _has_amx() and not _simulated(answer):
+    if entry["kernel"] == "CPUWNA16LinearKernel" and on_amx:
         what = "this CPU has AMX: plain `vllm serve` would round activations to 8 bits"
         cure = "serve with `maca-serve up`, or set VLLM_CPU_INT4_W4A8=0"
         found.append(Problem("note", what, cure, name))
@@ -253,10 +258,6 @@ def _quantizes_inputs(config: dict[str, Any]) -> bool:
 
 def _simulated(answer: Entry) -> bool:
     return bool(answer["target"]["simulated"])
-
-
-def _has_amx() -> bool:
-    return "amx_int8" in describe_machine()["cpu_flags"]
 
 
 def _last_names(modules: list[str]) -> str:

@@ -6,6 +6,7 @@ from its result files: a list of {"kernel", "machine", "like", "model", "load", 
 """
 
 import json
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -15,6 +16,7 @@ from maca_serve.doctor.checks import Problem
 FILE = "assets/kernel_speeds.json"
 
 
+@cache
 def read_speeds() -> list[dict[str, Any]]:
     """What was measured."""
     return list(json.loads(files("maca_serve").joinpath(FILE).read_text(encoding="utf-8")))
