@@ -4,11 +4,12 @@
     .venv-serve/bin/python benchmarks/accuracy_page.py                     # writes ACCURACY.md
 
 Each cell is a run of the product (``maca_llmc.quantize``, then ``maca_llmc.evaluation``) and one
-line of ``benchmarks/results/accuracy.jsonl``; cells that are there already are not run again, so
-several of these may run side by side. Methods are in ``accuracy_arms.py``. Every one gets the same
-number of calibration tokens. Calibration text is whole Wikipedia articles and evaluation text is
-WikiText-2's test split, both from ``../shared/data``; before anything is run, an n-gram test makes
-sure that they do not overlap.
+line of ``benchmarks/results/accuracy.jsonl`` (with ``--contexts``, for shorter and longer inputs,
+of ``accuracy_contexts.jsonl``). Cells that are there already are not run again, so several of these
+may run side by side. Methods are in ``accuracy_arms.py``. Every one gets the same number of
+calibration tokens. Calibration text is whole Wikipedia articles and evaluation text is WikiText-2's
+test split, both from ``../shared/data``; before anything is run, an n-gram test makes sure that
+they do not overlap.
 """
 
 import argparse
@@ -21,14 +22,14 @@ from pathlib import Path
 
 import yaml
 from accuracy_arms import (
-    CELLS,
+    CONTEXTS,
     KEY,
-    LENGTHS,
+    MAIN,
     METHODS,
     SCHEMES,
-    TARGETS,
     TOKENS,
     WINDOWS,
+    Judging,
     read_cells,
 )
 from tqdm import tqdm
@@ -49,7 +50,7 @@ NGRAM = 13
 
 def missing_cells(arguments: argparse.Namespace) -> list[dict]:
     """What was asked for and is not there yet, seeds outermost: a broken-off run is balanced."""
-    there = {tuple(cell[key] for key in KEY) for cell in read_cells()}
+    there = {tuple(cell[key] for key in KEY) for cell in read_cells(arguments.judging)}
     wanted = [
         dict(zip(KEY, values, strict=True))
         for seed in arguments.seeds
@@ -87,22 +88,22 @@ def recipe_of(scheme: str, fields: dict) -> dict:
 
 
 @cache
-def reference(model: str, questions: int) -> Reference:
+def reference(model: str, judging: Judging, questions: int) -> Reference:
     """What the unquantized model answers; with that many questions of each task."""
     return Reference(
         model,
         text=EVALUATION,
-        lengths=LENGTHS,
+        lengths=judging.lengths,
         windows=WINDOWS,
-        targets=TARGETS,
+        targets=judging.targets,
         tasks=TASKS if questions else (),
         limit=questions or 1,
     )
 
 
-def run_cell(cell: dict, model: str, questions: int) -> dict:
+def run_cell(cell: dict, model: str, judging: Judging, questions: int) -> dict:
     """Quantize and evaluate one cell."""
-    base = reference(model, questions)
+    base = reference(model, judging, questions)
     fields, data = METHODS[cell["method"]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -143,11 +144,10 @@ def run(arguments: argparse.Namespace) -> None:
     shared = overlap(*(map(str, read_documents(path)) for path in (CALIBRATION, EVALUATION)))
     if shared:
         sys.exit(f"calibration and evaluation text share {len(shared)} runs of {NGRAM} words")
-    CELLS.parent.mkdir(exist_ok=True)
     folders = {Path(model).name: model for model in arguments.models}
     for cell in tqdm(missing_cells(arguments), desc="cells"):
-        done = run_cell(cell, folders[cell["model"]], arguments.questions)
-        with CELLS.open("a") as file:
+        done = run_cell(cell, folders[cell["model"]], arguments.judging, arguments.questions)
+        with arguments.judging.cells.open("a") as file:
             file.write(json.dumps(done) + "\n")
 
 
@@ -159,6 +159,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--questions", type=int, default=0, help="of each zero-shot task")
+    parser.add_argument(
+        "--contexts",
+        dest="judging",
+        action="store_const",
+        default=MAIN,
+        const=CONTEXTS,
+        help=f"judge at {', '.join(map(str, CONTEXTS.lengths))} tokens, into {CONTEXTS.cells.name}",
+    )
     run(parser.parse_args())
 
 

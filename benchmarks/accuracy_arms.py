@@ -1,14 +1,28 @@
 """What the accuracy grid is made of: models' schemes, calibration methods, and where cells go."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CELLS = HERE / "results" / "accuracy.jsonl"
 TOKENS = 16_384
-LENGTHS = (128, 512, 2048)
 WINDOWS = 12
-TARGETS = 96
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Input lengths that cells are judged at, tokens scored in each window, and where cells go."""
+
+    cells: Path
+    lengths: tuple[int, ...]
+    targets: int
+
+
+MAIN = Judging(HERE / "results" / "accuracy.jsonl", (128, 512, 2048), 96)
+CONTEXTS = Judging(HERE / "results" / "accuracy_contexts.jsonl", (64, 256, 1024, 4096), 32)
+"""Inputs shorter and longer than any other; fewer targets, which have to fit into 64 tokens."""
+
+LENGTHS, TARGETS = MAIN.lengths, MAIN.targets
 MIXED = (128, 256, 512, 1024, 2048)
 SHORT = (32, 64, 128, 256, 512)
 
@@ -46,6 +60,7 @@ METHODS = {
     "hs-mixed-p1": (SEARCHED, {"scales": MIXED}),
     "hs-mixed-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": MIXED}),
     "hs-mixed-p1-first4": ({**SEARCHED, SINK: 4.0}, {"scales": MIXED}),
+    "hs-mixed-p0-first4": ({**GPTQ, **SEARCHED, SINK: 4.0}, {"scales": MIXED}),
     "hs-mixed-p1-first4-damp0.001": (
         {**SEARCHED, SINK: 4.0, "dampening_frac": 0.001},
         {"scales": MIXED},
@@ -76,7 +91,11 @@ EFFECTS = (
     # what is changed, from, to
     ("several lengths, tokens alike", "gptq-2048", "mixed-p0"),
     ("each sequence one sample (MaCa as we read it)", "mixed-p0", "mixed-p1"),
+    ("half of that (p = 1/2)", "mixed-p0", "mixed-p0.5"),
     ("both of these", "gptq-2048", "mixed-p1"),
+    ("each sequence one sample, in the default", "hs-mixed-p0-first4", "hs-mixed-p1-first4"),
+    ("equally many windows of each length, not tokens", "mixed-p1", "mixed-counts-p1"),
+    ("whole documents instead of windows", "mixed-p1", "documents-p1"),
     ("short sequences, tokens alike", "gptq-2048", "gptq-512"),
     ("shorter ones", "gptq-2048", "gptq-128"),
     ("nested prefixes", "gptq-2048", "nested-p1"),
@@ -86,6 +105,7 @@ EFFECTS = (
     ("scales by Hessian", "mixed-p1", "hs-mixed-p1"),
     ("first token x 4, several lengths", "hs-mixed-p1", "hs-mixed-p1-first4"),
     ("first token x 16, length 2048", "gptq-2048", "gptq-2048-first16"),
+    ("first token x 64, length 2048", "gptq-2048", "gptq-2048-first64"),
     ("first token x 64, length 2048", "hs-gptq-2048", "hs-2048-first64"),
     ("first token x 1/16, length 128", "gptq-128", "gptq-128-first0.0625"),
     ("dampening 0.001", "hs-mixed-p1", "hs-mixed-p1-damp0.001"),
@@ -97,8 +117,8 @@ EFFECTS = (
 KEY = ("model", "scheme", "method", "seed")
 
 
-def read_cells() -> list[dict]:
+def read_cells(judging: Judging = MAIN) -> list[dict]:
     """All cells so far."""
-    if not CELLS.exists():
+    if not judging.cells.exists():
         return []
-    return [json.loads(line) for line in CELLS.read_text().splitlines()]
+    return [json.loads(line) for line in judging.cells.read_text().splitlines()]

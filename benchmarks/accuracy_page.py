@@ -11,6 +11,7 @@ from collections import defaultdict
 import numpy as np
 from accuracy_arms import (
     BASELINES,
+    CONTEXTS,
     DEFAULT,
     EFFECTS,
     HERE,
@@ -42,6 +43,7 @@ from matplotlib.lines import Line2D
 from scipy import stats
 from tables import markdown
 
+pyplot.rcParams["svg.hashsalt"] = "accuracy"  # the same file from the same cells
 PAGE = HERE / "ACCURACY.md"
 PLOTS = HERE / "results"
 TEXT = HERE / "accuracy_page.md"
@@ -100,6 +102,22 @@ def comparison_table(rows: list[dict]) -> str:
         cells = [*map(str, row["of"]), str(row["seeds"]), f"{row['ratio']:.2f}"]
         lines.append([*cells, f"{low:.2f} to {high:.2f}", "—" if p is None else f"{p:.1g}"])
     return markdown(lines)
+
+
+def context_table(groups: dict[tuple[str, str], Cells]) -> str:
+    """KL at inputs shorter and longer than the others, and the default's over the baseline's."""
+    heads = [f"KL at {length}" for length in CONTEXTS.lengths]
+    rows = [["model, scheme", "method", "seeds", *heads]]
+    for key, cells in groups.items():
+        for method in [m for m in (*BASELINES, DEFAULT) if m in cells]:
+            found = list(cells[method].values())
+            values = [spread([kl(cell, n) for cell in found]) for n in CONTEXTS.lengths]
+            rows.append([", ".join(key), method, str(len(found)), *values])
+        for method in [m for m in BASELINES if shared_seeds(cells, DEFAULT, m)]:
+            pairs = [pairs_at(cells, DEFAULT, method, n) for n in CONTEXTS.lengths]
+            ratios = [f"{ratio_of_means(pair):.2f}" for pair in pairs]
+            rows.append([", ".join(key), f"default / {method}", str(len(pairs[0])), *ratios])
+    return markdown(rows) if len(rows) > 1 else "Not measured yet."
 
 
 def effect_table(groups: dict[tuple[str, str], Cells]) -> str:
@@ -182,15 +200,21 @@ def method_list(used: set[str]) -> str:
     return markdown(rows)
 
 
+def grouped(cells: list[dict]) -> dict[tuple[str, str], Cells]:
+    """Cells by model and scheme."""
+    groups: dict[tuple[str, str], Cells] = {}
+    for cell in sorted(cells, key=lambda c: (c["model"], list(SCHEMES).index(c["scheme"]))):
+        group = groups.setdefault((cell["model"], cell["scheme"]), defaultdict(dict))
+        group[cell["method"]][cell["seed"]] = cell
+    return groups
+
+
 def main() -> None:
     """Write the page."""
     cells = read_cells()
     if not cells:
         sys.exit("no cells yet: run accuracy.py first")
-    groups: dict[tuple[str, str], Cells] = {}
-    for cell in sorted(cells, key=lambda c: (c["model"], list(SCHEMES).index(c["scheme"]))):
-        group = groups.setdefault((cell["model"], cell["scheme"]), defaultdict(dict))
-        group[cell["method"]][cell["seed"]] = cell
+    groups = grouped(cells)
     compared = [row for key, found in groups.items() for row in comparison_rows(*key, found)]
     for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
         row["p"] = p
@@ -205,6 +229,8 @@ def main() -> None:
             plot=plot(groups),
             machine=f"{machine['processor']}, {machine['cores']} cores",
             comparison=comparison_table(compared) if compared else "No cells yet.",
+            contexts=context_table(grouped(read_cells(CONTEXTS))),
+            context_targets=CONTEXTS.targets,
             effects=effect_table(groups),
             targets_reached=markdown(target_rows(groups, compared)),
             zero_shot=zero_shot_table(groups),
