@@ -21,11 +21,12 @@ ARRAY_BYTES = 512 * 1024**2
 ATTEMPTS = 7
 
 
-def copy_bandwidth(vllm_version: str) -> dict[str, Any]:
+def copy_bandwidth(vllm_version: str, ranks: int = 1) -> dict[str, Any]:
     """The best of some copies of a large array, on what the engine computes on.
 
     Args:
         vllm_version: of the installed vLLM; one with `cpu` in it is a CPU build.
+        ranks: of the engine; on CUDA each has a card of its own, taken to be like the first.
 
     Returns:
         {"bytes_per_s", "on"}.
@@ -42,7 +43,9 @@ def copy_bandwidth(vllm_version: str) -> dict[str, Any]:
     if child.returncode:
         last = (child.stderr.strip() or "no message").splitlines()[-1]
         raise UserError(f"the card's copy bandwidth cannot be measured: {last}")
-    return dict(json.loads(child.stdout))
+    card = json.loads(child.stdout)
+    on = card["on"] if ranks == 1 else f"{ranks} x {card['on']}"
+    return {"bytes_per_s": ranks * card["bytes_per_s"], "on": on}
 
 
 def _on_cpu(threads: int) -> float:

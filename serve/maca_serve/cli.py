@@ -26,6 +26,7 @@ from maca_serve.options import (
     Rates,
     Repeats,
     Tasks,
+    TensorParallel,
     Text,
     Windows,
     join,
@@ -114,6 +115,7 @@ def accuracy(
     windows: Windows = WINDOWS,
     tasks: Tasks = [CONTINUATION],  # noqa: B006
     limit: Limit = LIMIT,
+    tp: TensorParallel = 1,
     names: Names = None,
     output: Output = None,
 ) -> None:
@@ -127,6 +129,7 @@ def accuracy(
         windows=windows,
         tasks=split_tasks(tasks),
         limit=limit,
+        tensor_parallel=tp,
         names=split(names),
         output=output,
     )
@@ -142,6 +145,7 @@ def throughput(
     prompts: Prompts = None,
     rates: Rates = None,
     repeats: Repeats = REPEATS,
+    tp: TensorParallel = 1,
     names: Names = None,
     output: Output = None,
 ) -> None:
@@ -156,6 +160,7 @@ def throughput(
         prompts=prompts,
         rates=rates_of(rates),
         repeats=repeats,
+        tensor_parallel=tp,
         names=split(names),
         output=output,
     )
@@ -179,6 +184,7 @@ def compare(
     prompts: Prompts = None,
     rates: Rates = None,
     repeats: Repeats = REPEATS,
+    tp: TensorParallel = 1,
     names: Names = None,
     output: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path(
         "runs/compare"
@@ -201,6 +207,7 @@ def compare(
         prompts=prompts,
         rates=rates_of(rates),
         repeats=repeats,
+        tensor_parallel=tp,
         names=split(names),
         output=output,
     )

@@ -8,6 +8,7 @@ from maca_serve.accuracy_plan import plan_accuracy
 from maca_serve.checkpoint import Checkpoint, open_all, require_quantized
 from maca_serve.machine import require_vllm
 from maca_serve.measure import measure, speed_settings
+from maca_serve.ranks import Ranks
 from maca_serve.recovery import describe_intervals, recovery
 from maca_serve.report import render_report
 from maca_serve.results import check_output, lock_folder, write_json, write_text
@@ -45,6 +46,7 @@ def compare(
     prompts: int | None = None,
     rates: Sequence[float] | str = (),
     repeats: int = REPEATS,
+    tensor_parallel: int = 1,
     names: Sequence[str] | None = None,
     output: str | Path = OUTPUT,
 ) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def compare(
         prompts: requests of a run.
         rates: requests per second, one run for each.
         repeats: runs of every checkpoint under every load.
+        tensor_parallel: ranks of each engine that share every layer.
         names: what results call the checkpoints, the base first; folder names when None.
         output: folder for results.json and report.html, which are replaced if there.
 
@@ -84,17 +87,18 @@ def compare(
         require_quantized(checkpoint)
     check_output(output, folder=True)
     with lock_folder(Path(output)):
-        return _compare(checkpoints, accuracy, speed, output)
+        return _compare(checkpoints, accuracy, speed, Ranks(tensor_parallel), output)
 
 
 def _compare(
     checkpoints: list[Checkpoint],
     accuracy: AccuracySettings,
     speed: SpeedSettings,
+    ranks: Ranks,
     output: str | Path,
 ) -> dict[str, Any]:
     plan = plan_accuracy(accuracy, checkpoints)
-    results = measure(checkpoints, plan, speed)
+    results = measure(checkpoints, plan, speed, ranks=ranks)
     first = results["checkpoints"][0]
     for entry in results["checkpoints"]:
         entry["recovery"] = recovery(first, entry)

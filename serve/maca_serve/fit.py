@@ -37,11 +37,13 @@ class Fit:
         arguments: to follow the model on the command line.
         environment: to add to this process's own.
         words: what was chosen, for people.
+        ranks: processes that share the model.
     """
 
     arguments: list[str]
     environment: dict[str, str]
     words: str = ""
+    ranks: int = 1
 
 
 def fit(
@@ -94,13 +96,14 @@ def fit(
     elif threads is not None:
         raise UserError("--threads: for vLLM's CPU build; this is its CUDA build")
     arguments += ["--max-model-len", str(max_model_len or "auto")]
-    return Fit(arguments, environment, _words(checkpoint, max_model_len, environment))
+    words = _words(checkpoint, max_model_len, environment)
+    return Fit(arguments, environment, words, ranks.count)
 
 
 def memory_needed(checkpoint: Checkpoint, settings: Fit) -> int:
     """Bytes that a CPU engine takes: its weights, its KV cache, and the processes themselves."""
-    cache = float(settings.environment["VLLM_CPU_KVCACHE_SPACE"]) * GIB
-    return checkpoint.size_bytes + int(cache) + ENGINE_BYTES
+    cache = int(float(settings.environment["VLLM_CPU_KVCACHE_SPACE"]) * GIB)
+    return checkpoint.size_bytes + settings.ranks * (cache + ENGINE_BYTES)
 
 
 def kv_bytes_per_token(config: dict[str, Any]) -> int:

@@ -18,6 +18,7 @@ from maca_serve.engine import Engine
 from maca_serve.errors import UserError
 from maca_serve.fit import Fit, fit
 from maca_serve.machine import describe_machine, require_vllm, versions
+from maca_serve.ranks import Ranks, check_ranks
 from maca_serve.results import check_output, write_json
 from maca_serve.settings import (
     CONCURRENCY,
@@ -43,6 +44,7 @@ def accuracy(
     windows: int = WINDOWS,
     tasks: Sequence[str] = (CONTINUATION,),
     limit: int = LIMIT,
+    tensor_parallel: int = 1,
     names: Sequence[str] | None = None,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def accuracy(
         tasks: JSONL files (`question`, `choices`, `answer`), `continuation`, `needle`, `copy`,
             lm-eval task names, `usual` for eight of them.
         limit: at most this many questions of each task.
+        tensor_parallel: ranks of each engine that share every layer.
         names: what results call the checkpoints; their folders' names when None.
         output: a JSON file to write.
 
@@ -72,7 +75,7 @@ def accuracy(
     checkpoints = open_all([Path(path) for path in paths], _as_list(names))
     check_output(output)
     plan = plan_accuracy(settings, checkpoints)
-    return _finish(measure(checkpoints, plan, None), output)
+    return _finish(measure(checkpoints, plan, None, ranks=Ranks(tensor_parallel)), output)
 
 
 def throughput(
@@ -84,6 +87,7 @@ def throughput(
     prompts: int | None = None,
     rates: Sequence[float] | str = (),
     repeats: int = REPEATS,
+    tensor_parallel: int = 1,
     names: Sequence[str] | None = None,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -98,6 +102,7 @@ def throughput(
         rates: requests per second, one run for each; "auto" for shares of what the first
             checkpoint reached with requests in flight.
         repeats: runs of every checkpoint under every load, in alternating order.
+        tensor_parallel: ranks of each engine that share every layer.
         names: what results call the checkpoints; their folders' names when None.
         output: a JSON file to write.
 
@@ -111,7 +116,7 @@ def throughput(
     settings = speed_settings(concurrency, input_len, output_len, prompts, rates, repeats)
     checkpoints = open_all([Path(path) for path in paths], _as_list(names))
     check_output(output)
-    return _finish(measure(checkpoints, None, settings), output)
+    return _finish(measure(checkpoints, None, settings, ranks=Ranks(tensor_parallel)), output)
 
 
 def speed_settings(
@@ -132,6 +137,7 @@ def measure(
     plan: AccuracyPlan | None,
     speed: SpeedSettings | None,
     fits: list[Fit] | None = None,
+    ranks: Ranks = Ranks(),
 ) -> dict[str, Any]:
     """Measure accuracy, speed or both.
 
@@ -140,24 +146,27 @@ def measure(
         plan: for accuracy, or None.
         speed: for throughput, or None.
         fits: settings of the engines; fit for the machine when None.
+        ranks: of each engine, for settings that are fit here.
 
     Returns:
         {"machine", "versions", "settings", "schedule", "checkpoints"}.
 
     Raises:
-        UserError: requests that do not fit a model's context, or a failing engine.
+        UserError: requests that do not fit a model's context, ranks that do not divide a model, or
+            a failing engine.
     """
     version = require_vllm()
     for checkpoint in checkpoints:
         require_sound(checkpoint.path, checkpoint.config)
         _require_fits(checkpoint, speed)
+        check_ranks(checkpoint, ranks)
     longest = max(plan.longest if plan else 0, speed.longest if speed else 0)
-    fits = fits or [fit(checkpoint, version, measured=longest) for checkpoint in checkpoints]
+    fits = fits or [fit(each, version, measured=longest, ranks=ranks) for each in checkpoints]
     repeats = speed.repeats if speed else 0
     visits = schedule(checkpoints, fits, version, repeats)
     machine = describe_machine()
     if speed:
-        machine["copy_bandwidth"] = copy_bandwidth(version)
+        machine["copy_bandwidth"] = copy_bandwidth(version, ranks.count)
     entries: list[dict[str, Any]] = [{} for _ in checkpoints]
     with contextlib.ExitStack() as stack:
         benchmark = stack.enter_context(Benchmark(speed)) if speed else None
@@ -200,7 +209,7 @@ def _opened(entry: dict[str, Any], engine: Engine, plan: AccuracyPlan | None) ->
         "kernel": engine.kernel,
         "dtype": engine.dtype,
         "size_bytes": checkpoint.size_bytes,
-        "memory": memory(checkpoint, engine.log_lines),
+        "memory": memory(checkpoint, engine.log_lines, engine.fit.ranks),
         "seconds": {"start": round(engine.start_seconds, 1)},
     }
     if plan is not None:

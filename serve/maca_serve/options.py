@@ -37,6 +37,7 @@ Rates = Annotated[
 Repeats = Annotated[
     int, typer.Option(help="Runs of each checkpoint under each load, in alternating order.")
 ]
+TensorParallel = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks of each engine.")]
 Names = Annotated[
     str | None, typer.Option(help="Names in results, a,b,c; folder names by default.")
 ]

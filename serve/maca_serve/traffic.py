@@ -15,12 +15,13 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _OTHER_TOWERS = ("vision_config", "audio_config")
 
 
-def memory(checkpoint: Checkpoint, lines: list[str]) -> Entry:
+def memory(checkpoint: Checkpoint, lines: list[str], ranks: int = 1) -> Entry:
     """Memory of weights and KV cache, as the engine's log says; else the weights' from the files.
 
     Args:
         checkpoint: what runs.
         lines: of the engine's log.
+        ranks: of the engine; each takes what the log says of one.
 
     Returns:
         {"weights_bytes", "weights_source", "kv_cache_bytes", "kv_cache_tokens"}; the last two are
@@ -29,9 +30,9 @@ def memory(checkpoint: Checkpoint, lines: list[str]) -> Entry:
     logged = find_weights_memory(lines)
     cache, tokens = find_cache(lines)
     return {
-        "weights_bytes": checkpoint.size_bytes if logged is None else logged,
+        "weights_bytes": checkpoint.size_bytes if logged is None else ranks * logged,
         "weights_source": "files" if logged is None else "vLLM's log",
-        "kv_cache_bytes": cache,
+        "kv_cache_bytes": None if cache is None else ranks * cache,
         "kv_cache_tokens": tokens,
     }
 

@@ -2,7 +2,7 @@ import json
 import math
 
 import pytest
-from maca_serve import UserError, accuracy, compare, throughput
+from maca_serve import UserError, accuracy, compare, fit, throughput
 
 SMALL = {"lengths": [40, 64, 128], "windows": 3, "limit": 4}
 
@@ -82,6 +82,18 @@ def test_each_part_alone_writes_its_file(fake_vllm, base, quantized, text, tmp_p
     results = accuracy([quantized], text=text, names=["mine"], **SMALL)
     assert results["checkpoints"][0]["name"] == "mine"
     assert "throughput" not in results["checkpoints"][0]
+
+
+def test_every_engine_has_the_ranks_asked_for(fake_vllm, base, text, monkeypatch):
+    monkeypatch.setattr(fit, "physical_cpus", lambda: [0, 1])
+    results = throughput([base], concurrency=[1], tensor_parallel=2)
+    settings = results["settings"]["engine"]["base"]
+    place = settings["arguments"].index("--tensor-parallel-size")
+    assert settings["arguments"][place + 1] == "2"
+    assert settings["environment"]["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert results["checkpoints"][0]["memory"]["kv_cache_bytes"] == 2 * 1024**3
+    with pytest.raises(UserError, match=r"--tp: 4 attention heads .* 3"):
+        accuracy([base], text=text, tensor_parallel=3, **SMALL)
 
 
 def test_local_task_files(fake_vllm, quantized, text, tmp_path):

@@ -133,6 +133,13 @@ def test_memory_of_an_engine(quantized):
     assert memory_needed(checkpoint, fit(checkpoint, CPU)) == 1000 + GIB + ENGINE_BYTES
 
 
+def test_ranks_share_weights_and_nothing_else(quantized, monkeypatch):
+    monkeypatch.setattr(module, "physical_cpus", lambda: [0, 1])
+    checkpoint = open_checkpoint(quantized)
+    settings = fit(checkpoint, CPU, ranks=Ranks(2))
+    assert memory_needed(checkpoint, settings) == 1000 + 2 * (GIB + ENGINE_BYTES)
+
+
 def test_too_little_memory(quantized, monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda: GIB)
     with pytest.raises(UserError, match="too little free memory"):

@@ -1,5 +1,6 @@
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -75,12 +76,39 @@ def test_memory_is_the_logs_where_it_says(quantized):
     assert memory(checkpoint, [])["weights_source"] == "files"
 
 
+def test_memory_of_all_ranks(quantized):
+    checkpoint = open_checkpoint(quantized)
+    log = [
+        "(Worker_TP0 pid=1) INFO Model loading took 0.25 GiB memory and 1.0 seconds",
+        "(Worker_TP1 pid=2) INFO Model loading took 0.25 GiB memory and 1.0 seconds",
+        "(Worker_TP0 pid=1) INFO Available KV cache memory: 1.5 GiB",
+        "(EngineCore pid=3) INFO GPU KV cache size: 1,024 tokens",
+    ]
+    assert memory(checkpoint, log, ranks=2) == {
+        "weights_bytes": 1024**3 // 2,
+        "weights_source": "vLLM's log",
+        "kv_cache_bytes": 3 * 1024**3,
+        "kv_cache_tokens": 1024,
+    }
+    # What the files say is of all ranks already.
+    assert memory(checkpoint, [], ranks=2)["weights_bytes"] == 1000
+
+
 def test_a_copy_counts_reads_and_writes(monkeypatch):
     monkeypatch.setattr(bandwidth, "ARRAY_BYTES", 8 * 1024**2)
     found = bandwidth.copy_bandwidth("0.32.0+cpu")
     assert found["on"].endswith("threads")
     seconds = 2 * 8 * 1024**2 / found["bytes_per_s"]
     assert 1e-5 < seconds < 1.0
+
+
+def test_every_card_has_a_bandwidth_of_its_own(monkeypatch):
+    said = json.dumps({"bytes_per_s": 3e12, "on": "NVIDIA H100"})
+    child = subprocess.CompletedProcess([], 0, stdout=said)
+    monkeypatch.setattr(bandwidth.subprocess, "run", lambda *_, **__: child)
+    assert bandwidth.copy_bandwidth("0.32.0") == {"bytes_per_s": 3e12, "on": "NVIDIA H100"}
+    two = {"bytes_per_s": 6e12, "on": "2 x NVIDIA H100"}
+    assert bandwidth.copy_bandwidth("0.32.0", ranks=2) == two
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a card")
