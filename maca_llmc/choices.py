@@ -57,7 +57,9 @@ def read_questions(path: Path, tokenizer: Any, limit: int, seed: int = 0) -> lis
     :raises UserError: no such file, a row that is no question, by its line, fewer than two rows
     """
     if not path.is_file():
-        raise UserError(f"--tasks {path}: no such file")
+        raise UserError(
+            f"--tasks {path}: no such file (built-in and lm-eval tasks are maca-serve accuracy's)"
+        )
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if len(rows) > limit:
@@ -137,7 +139,9 @@ def _row(path: Path, number: int, line: str) -> Row:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the row"
-        raise UserError(f"--tasks {path}: line {number}: {field}: {first['msg']}") from None
+        wanted = "a row is a question, two or more choices, and answer, an index of them"
+        what = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"--tasks {path}: line {number}: {field}: {what}; {wanted}") from None
 
 
 def _encode(tokenizer: Any, row: Row) -> Question:

@@ -1,5 +1,6 @@
 """The ``maca-llmc`` command."""
 
+import os
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -48,6 +49,15 @@ def main() -> None:
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     return 2
+
+
+def _check_file(output: Path) -> None:
+    """Refuse what cannot become a file, before anything is computed for it."""
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: give a file")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--output {output} cannot be written in {parent}: give another one")
 
 
 def _numbers(text: str | None, option: str) -> list[int] | None:
@@ -106,7 +116,7 @@ def quantize(
         typer.Option(help="4: store 2- and 3-bit weights in 4-bit containers, same values."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output folder when done.")
+        bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in it when done.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last layer a killed run finished.")
@@ -173,6 +183,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """KL divergence to BASE, perplexity of the same tokens by input length, multiple choice."""
+    if output is not None:
+        _check_file(output)
     results = maca_llmc.evaluate(
         base,
         checkpoints,
@@ -184,12 +196,12 @@ def evaluate(
         limit=limit,
         device=device,
     )
+    _print_table(results)
     if output is not None:
         from maca_llmc.record import write_json
 
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, results)
-    _print_table(results)
 
 
 @app.command("embedded-model")

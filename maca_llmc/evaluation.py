@@ -100,9 +100,11 @@ def evaluate(
         log-likelihood) for paired comparisons; ``tasks`` by name as ``choices.score_questions``
     :raises UserError: for inputs that make no sense, or a folder that is not quantized
     """
-    models.load_config(models.resolve_model(base))  # all names are checked before any model is run
-    for folder in checkpoints:
-        check_quantized(Path(folder))
+    config = models.load_config(models.resolve_model(base))
+    for folder in map(Path, checkpoints):  # all of them before any model is run
+        check_quantized(folder)
+        _check_base(base, config, folder)
+    _check_names([Path(folder).name for folder in checkpoints])
     reference = Reference(
         base,
         text=text,
@@ -234,10 +236,29 @@ def check_quantized(folder: Path) -> None:
         raise UserError(f"{folder} is not a quantized checkpoint: make one with maca-llmc quantize")
 
 
-def _check_counts(**counts: int) -> None:
-    for flag, value in counts.items():
-        if value < 1:
-            raise UserError(f"--{flag} {value}: give 1 or more")
+def _check_base(base: str, config: Any, folder: Path) -> None:
+    own = models.read_config(str(folder))
+    for field in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        one, other = (getattr(c.get_text_config(), field, None) for c in (config, own))
+        if one != other:
+            raise UserError(
+                f"{folder} was not made from {base}: {field} is {other} in it and {one} in the "
+                "base; give the model that was quantized"
+            )
+
+
+def _check_names(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two checkpoints are named {name}: give each once, rename a folder")
+
+
+def _check_counts(windows: int, targets: int, limit: int) -> None:
+    # One window has no standard error.
+    least = {"windows": (windows, 2), "targets": (targets, 1), "limit": (limit, 1)}
+    for flag, (value, smallest) in least.items():
+        if value < smallest:
+            raise UserError(f"--{flag} {value}: give {smallest} or more")
 
 
 def _read_tasks(
@@ -260,8 +281,10 @@ def _read_tasks(
 
 def _check_lengths(lengths: Sequence[int], least: int, context: int | None) -> None:
     shown = ",".join(map(str, lengths))
-    if not lengths or sorted(set(lengths)) != list(lengths) or lengths[0] < least:
-        raise UserError(f"lengths {shown}: give increasing lengths of {least} tokens or more")
+    if not lengths or sorted(set(lengths)) != list(lengths):
+        raise UserError(f"--lengths {shown}: give them in increasing order")
+    if lengths[0] < least:
+        raise UserError(f"--lengths {shown}: {lengths[0]} is too short, give {least} or more")
     if context is not None and lengths[-1] > context:
         raise UserError(
             f"length {lengths[-1]} is longer than the model's context ({context}): lower it"
@@ -289,7 +312,6 @@ def _perplexity(windows: list[float]) -> dict[str, Any]:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error over windows (0 for a single one)."""
+    """Mean and its standard error over windows, two or more."""
     tensor = torch.tensor(values, dtype=torch.float64)
-    error = float(tensor.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
-    return float(tensor.mean()), error
+    return float(tensor.mean()), float(tensor.std() / math.sqrt(len(values)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from compressed_tensors.quantization.utils import is_module_quantized
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from maca_llmc import smollm2
@@ -42,7 +42,8 @@ def resolve_model(model: str) -> str:
 def check_folder(folder: Path) -> None:
     """Refuse a folder that holds no model.
 
-    :raises UserError: when it has no configuration or no safetensors weights
+    :raises UserError: when it has no configuration or no safetensors weights, or a file of them is
+        not as long as its header says
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {folder} has no config.json: is it a Hugging Face model?")
@@ -51,6 +52,18 @@ def check_folder(folder: Path) -> None:
             f"model folder {folder} has no safetensors weights: save the model with "
             "`save_pretrained` (pickled weights are not read)"
         )
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_header(path)
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is cut short or damaged ({error}): download it or make it again"
+        ) from None
 
 
 def read_config(source: str) -> Any:

@@ -94,7 +94,7 @@ def prepare(
     :param seed: of the order of the data; recorded
     :param device: "auto", "cpu", "cuda" or "cuda:N"
     :param container: 4 stores 2- and 3-bit weights in 4-bit containers, same values
-    :param overwrite: replace ``output`` when the new checkpoint is complete
+    :param overwrite: replace ``output``, a checkpoint of ours, when the new one is complete
     :param resume: go on after the last layer that a killed run of the same settings finished
     :raises UserError: for anything the user can mend; nothing is written
     """
@@ -160,11 +160,22 @@ def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: give a folder")
     finished = resume and record.finished_identity(output) is not None
-    if output.is_dir() and any(output.iterdir()) and not (overwrite or finished):
-        raise UserError(f"output folder {output} is not empty: give another one or --overwrite")
+    if output.is_dir() and any(output.iterdir()) and not finished:
+        _check_replaced(output, overwrite)
     parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"output {output} cannot be made in {parent}: give another one")
+
+
+def _check_replaced(output: Path, overwrite: bool) -> None:
+    if not (output / record.RECORD_FILE).is_file():
+        # --overwrite removes all of the folder: a slip of the hand must not cost a model.
+        raise UserError(
+            f"output folder {output} holds what maca-llmc did not make (it has no "
+            f"{record.RECORD_FILE}): give another one, or empty it yourself"
+        )
+    if not overwrite:
+        raise UserError(f"output folder {output} is not empty: give another one or --overwrite")
 
 
 def existing_parent(output: Path) -> Path:

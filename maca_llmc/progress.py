@@ -62,6 +62,16 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def tell_calibration(calibration: dict[str, Any]) -> None:
+    """Say on standard error how many tokens there are: whole windows rarely make a round budget.
+
+    :param calibration: what ``CalibrationSet.record`` says
+    """
+    lengths = ", ".join(f"{count} x {length}" for length, count in calibration["lengths"].items())
+    words = f"calibrating on {calibration['tokens']:,} tokens (count x length: {lengths})"
+    tqdm.tqdm.write(words, file=sys.stderr)
+
+
 def log_warnings_once() -> None:
     """Show llm-compressor's warnings on standard error, each once, and nothing below them."""
     seen: set[str] = set()

@@ -23,7 +23,7 @@ from maca_llmc.llmcompressor_api import (
 from maca_llmc.losses import recorded_losses
 from maca_llmc.modifier import MaCaModifier
 from maca_llmc.prepare import Run, check_disk, prepare
-from maca_llmc.progress import layer_progress, log_warnings_once, quiet
+from maca_llmc.progress import layer_progress, log_warnings_once, quiet, tell_calibration
 from maca_llmc.recipes import save_recipe
 from maca_llmc.resume import LayerKeeper, run_identity
 from maca_llmc.schemes import describe_scheme
@@ -58,6 +58,8 @@ def quantize(output: str | Path, **options: Any) -> Path:
         if not overwrite:
             raise UserError(f"output folder {output} is not empty: give another one or --overwrite")
     state = RunState(output, identity, resume=resume, anew=overwrite)
+    if resume and not state.finished:
+        logger.warning(f"nothing to resume in {state.folder}: starting anew")
     done = False
     try:
         with named_faults(state.folder):
@@ -94,6 +96,7 @@ def _calibrate(run: Run, state: RunState) -> Any:
         run.modifier.record_diagonals(run.recorder)
     loader = run.calibration.dataloader(run.batch_tokens)
     names = {module: name for name, module in model.named_modules()}
+    tell_calibration(run.calibration.record())
     limit = psutil.virtual_memory().available // 2 if run.cache_bytes is None else run.cache_bytes
     hidden = HiddenStates(limit, state.folder / "spill")
     keep_causal_masks(model.config)

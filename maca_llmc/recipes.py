@@ -22,7 +22,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"recipe {path} does not exist: see recipes/ for ready ones")
+        raise UserError(f"recipe {path} is no file: see recipes/ for ready ones")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -25,7 +25,8 @@ CARD = """---
 `{base}` quantized to **{scheme}** by {method} with maca-llmc, in the compressed-tensors format.
 
 ```bash
-vllm serve {name}
+maca-serve up {name}                        # says which kernel runs, and checks the length
+VLLM_CPU_INT4_W4A8=0 vllm serve ./{name}    # by hand; the variable matters on CPUs only
 ```
 
 - calibration: {sequences} sequences, {tokens} tokens of {source} (count x length: {lengths}); seed

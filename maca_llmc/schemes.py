@@ -18,6 +18,9 @@ from maca_llmc.errors import CalibrationError, UserError
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that vLLM's kernels take, best known first."""
 
+BITS = range(2, 9)
+"""Bits of integers that vLLM reads compressed."""
+
 OTHER_GROUP_SIZES = (256, 192, 96, 48, 16)
 
 LEFT_ALONE = (
@@ -68,9 +71,12 @@ def check_schemes(modifier: Any, model: Any) -> None:
     """Check a quantization modifier's schemes against a model's shapes (meta device will do).
 
     :raises UserError: when it targets nothing, or modules that text does not go through (a vision
-        tower), or a group size does not divide a width; says which group sizes would
+        tower), or a head that is the embedding; when an entry of its ignore list names no module,
+        integers have more bits than vLLM reads, or a group size does not divide a width; says
+        which group sizes would
     """
     ignore = list(modifier.ignore)
+    _check_ignore(model, ignore)
     targeted = linear_widths(model, modifier.resolved_targets, ignore)
     reached = _reached_by_text(model)
     unreached = [name for name in targeted if name not in reached]
@@ -84,6 +90,8 @@ def check_schemes(modifier: Any, model: Any) -> None:
             f"the recipe's targets {sorted(modifier.resolved_targets)} match no Linear of the "
             "model: use targets: [Linear]"
         )
+    _check_head(model, targeted)
+    _check_bits(modifier)
     check_gptaq(modifier)
     if modifier.bypass_divisibility_checks:
         return
@@ -117,6 +125,39 @@ def check_gptaq(modifier: Any) -> None:
             raise CalibrationError(
                 f"gptaq_alpha: works for integers by group or channel, not for {args.type} by "
                 f"{args.strategy}: leave it out"
+            )
+
+
+def _check_ignore(model: Any, ignore: list[str]) -> None:
+    """Regular expressions may match nothing: recipes for several models have some."""
+    for entry in ignore:
+        if not entry.startswith("re:") and not any(match_named_modules(model, [entry])):
+            raise UserError(
+                f"the recipe ignores {entry!r}, which is no module of the model: mend the name or "
+                "leave it out"
+            )
+
+
+def _check_head(model: Any, targeted: dict[str, int]) -> None:
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is head and name in targeted]
+    if tied and names:
+        raise UserError(
+            f"the recipe quantizes {names[0]}, which is the input embedding, too (they are tied): "
+            f"add {names[0]} to its ignore list"
+        )
+
+
+def _check_bits(modifier: Any) -> None:
+    for name, scheme in modifier.resolved_config.config_groups.items():
+        weights = scheme.weights
+        if weights is None or weights.type != QuantizationType.INT:
+            continue
+        if not BITS[0] <= weights.num_bits <= BITS[-1]:
+            raise UserError(
+                f"the recipe's {name} has weights of {weights.num_bits} bits: vLLM reads integers "
+                f"of {BITS[0]} to {BITS[-1]}"
             )
 
 

@@ -71,7 +71,7 @@ def options(here, **changed):
 
 
 BAD = {
-    "recipe that is not there": ({"recipe": "nowhere.yaml"}, "nowhere.yaml does not exist: see"),
+    "recipe that is not there": ({"recipe": "nowhere.yaml"}, "nowhere.yaml is no file: see"),
     "recipe that is nothing": ({"recipe": "@nothing.yaml"}, "'quantize' does not end in _stage"),
     "unknown modifier": ({"recipe": "@modifier.yaml"}, "'MacaModifier' .*Use MaCaModifier"),
     "unknown field": ({"recipe": "@field.yaml"}, "unknown field 'exponent' of MaCaModifier"),
@@ -93,7 +93,11 @@ BAD = {
     "empty data": ({"data": "@empty.jsonl"}, "empty.jsonl holds no text: give other data"),
     "wrong column": ({"text_column": "body"}, "line 1 has no column 'body': it has text; name"),
     "broken line": ({"data": "@broken.jsonl"}, "broken.jsonl line 3 is not JSON .*mend or remove"),
-    "full output": ({"output": "@full"}, "full is not empty: give another one or --overwrite"),
+    "recipe that is a folder": ({"recipe": "@full"}, "full is no file: see recipes/"),
+    "full output": (
+        {"output": "@full"},
+        "full holds what maca-llmc did not make",
+    ),
     "output in a file": ({"output": "@data.jsonl/x"}, "cannot be made in .*give another one"),
     "unknown device": ({"device": "gpu"}, "device 'gpu': give auto, cpu, cuda or cuda:N"),
     "no such device": ({"device": "cuda:99"}, "device 'cuda:99' is not there .*--device cpu"),
@@ -249,6 +253,8 @@ def test_quantize_and_evaluate_for_real(here, monkeypatch, capsys, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"wrote {output} (" in done.stdout and f"maca-serve up {output}" in done.stdout
     assert "layer 1/1" in done.stderr and "100%" in done.stderr
+    tokens = json.loads((output / "maca_run.json").read_text())["calibration"]["tokens"]
+    assert f"calibrating on {tokens} tokens (count x length: " in done.stderr
     assert "Traceback" not in done.stderr and "error" not in done.stderr.lower()
     assert (output / "model.safetensors").is_file()
 
@@ -276,6 +282,11 @@ def test_quantize_and_evaluate_for_real(here, monkeypatch, capsys, tmp_path):
         (["@model", "@model"], "model is not a quantized checkpoint: make one with"),
         (["@nowhere", "@model"], "nowhere does not exist"),
         (["@model", "@model", "--lengths", "a"], "--lengths 'a': give whole numbers"),
+        (["@model", "@model", "--output", "@full"], "full is a folder: give a file"),
+        (
+            ["@model", "@model", "--output", "@data.jsonl/x"],
+            "cannot be written in .*data.jsonl",
+        ),
     ],
 )
 def test_bad_input_of_evaluate_is_one_line(here, monkeypatch, capsys, words, message):

@@ -22,6 +22,7 @@ import maca_llmc
 from maca_llmc import models, quantize_run
 from maca_llmc.errors import UserError
 from maca_llmc.llmcompressor_api import loading_separate_experts
+from maca_llmc.record import RECORD_FILE
 
 SHAPE = {"num_hidden_layers": 1}
 ROOT = Path(__file__).parents[2]
@@ -112,7 +113,7 @@ def test_the_card_names_the_base_model_and_its_licence(checkpoint, licensed_mode
         "**W4A16 int, group 32, symmetric** by MaCa (p = 1, first token x 4, scales by Hessian)"
         in card
     )
-    assert "vllm serve checkpoint" in card and "(llama3.2)" in card
+    assert "vllm serve ./checkpoint" in card and "(llama3.2)" in card
 
 
 def test_every_field_of_the_record_is_filled(checkpoint, licensed_model):
@@ -281,18 +282,25 @@ def test_overwrite_replaces_only_when_the_new_one_is_complete(tiny_models, tmp_p
     source, output = tiny_models("llama", **SHAPE), tmp_path / "out"
     output.mkdir()
     (output / "old").write_text("old")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"out holds what maca-llmc did not make"):
+            quantize(source, output, overwrite=overwrite)
+    assert left_over(output) == ["old"] and left_over(tmp_path) == ["out"]
+    (output / RECORD_FILE).write_text("{}")
     with pytest.raises(UserError, match=r"output folder .*out is not empty: .*--overwrite"):
         quantize(source, output)
     with monkeypatch.context() as patched:
         patched.setattr(quantize_run, "_write_records", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize(source, output, overwrite=True)
-    assert left_over(output) == ["old"] and left_over(tmp_path) == [".out.run", "out"]
+    assert left_over(output) == ["maca_run.json", "old"]
+    assert left_over(tmp_path) == [".out.run", "out"]
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", renaming_that_fails_once(Path.rename, "checkpoint"))
         with pytest.raises(OSError, match="no rename"):
             quantize(source, output, overwrite=True)
-    assert left_over(output) == ["old"] and left_over(tmp_path) == [".out.run", "out"]
+    assert left_over(output) == ["maca_run.json", "old"]
+    assert left_over(tmp_path) == [".out.run", "out"]
     quantize(source, output, overwrite=True)
     assert "old" not in left_over(output) and "model.safetensors" in left_over(output)
     assert left_over(tmp_path) == ["out"]

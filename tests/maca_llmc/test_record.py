@@ -32,7 +32,7 @@ def test_the_card_is_valid_and_says_what_was_done(tmp_path):
     assert "compressed-tensors" in card.data.tags
     for part in (
         "`org/base` quantized to **W4A16 int, group 32, symmetric** by MaCa (p = 1)",
-        "vllm serve model-w4",
+        "maca-serve up model-w4",
         "6 sequences, 96 tokens of a list of 24 documents (count x length: 4 x 8, 2 x 32); seed"
         "   7",
         "that of the base model (apache-2.0).",

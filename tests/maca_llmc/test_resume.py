@@ -13,6 +13,7 @@ from checkpoints import quantize, tensors
 
 from maca_llmc import quantize_run
 from maca_llmc.errors import UserError
+from maca_llmc.record import RECORD_FILE
 from maca_llmc.resume import LayerKeeper
 from maca_llmc.state import RunState
 
@@ -99,7 +100,8 @@ def unbroken(source, tmp_path_factory):
 def test_a_killed_run_goes_on_to_the_same_bits(source, unbroken, tmp_path, moment, finished):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "old").touch()
+    for name in ("old", RECORD_FILE):
+        (output / name).touch()
     start_killed(source, output, moment)
     state = tmp_path / ".out.run"
     progress = state / "progress.json"
@@ -219,8 +221,9 @@ def test_without_resume_a_killed_run_is_in_the_way_and_says_what_to_do(source, k
     assert left_over(killed.parent) == ["out"]
 
 
-def test_nothing_to_resume_is_a_run_from_the_start(source, unbroken, tmp_path):
+def test_nothing_to_resume_is_a_run_from_the_start_and_said(source, unbroken, tmp_path, capsys):
     same_tensors(quantize(source, tmp_path / "out", resume=True), unbroken)
+    assert f"nothing to resume in {tmp_path / '.out.run'}: starting anew" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

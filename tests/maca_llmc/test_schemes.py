@@ -62,11 +62,34 @@ def test_targets_that_match_nothing_are_refused():
         check_schemes(modifier(32, targets=["re:.*nothing"]), shapes("llama"))
 
 
-def test_the_head_may_be_quantized():
+def test_the_head_may_be_quantized_where_it_is_not_the_embedding():
     quantizing = modifier(32)
     quantizing.ignore = []
     check_schemes(quantizing, shapes("llama"))
     assert "lm_head" in linear_widths(shapes("llama"), ["Linear"], [])
+    with pytest.raises(UserError, match=r"lm_head, which is the input emb.*: add lm_head"):
+        check_schemes(quantizing, shapes("llama", tie_word_embeddings=True))
+
+
+def test_an_ignored_name_that_is_no_module_is_refused():
+    quantizing = modifier(32)
+    quantizing.ignore = ["lm_head", "re:.*router.*"]  # an expression may match nothing
+    check_schemes(quantizing, shapes("llama"))
+    quantizing.ignore = ["lm_haed"]
+    with pytest.raises(UserError, match="ignores 'lm_haed', which is no module of the model"):
+        check_schemes(quantizing, shapes("llama"))
+
+
+@pytest.mark.parametrize(("bits", "taken"), [(1, False), (2, True), (8, True), (17, False)])
+def test_bits_that_vllm_reads(bits, taken):
+    weights = {"num_bits": bits, "strategy": "channel"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    quantizing = MaCaModifier(config_groups=groups, ignore=["lm_head"])
+    if taken:
+        check_schemes(quantizing, shapes("llama"))
+    else:
+        with pytest.raises(UserError, match=rf"group_0 has weights of {bits} bits: .* 2 to 8"):
+            check_schemes(quantizing, shapes("llama"))
 
 
 @pytest.mark.parametrize(
