@@ -8,6 +8,8 @@ _KERNEL = re.compile(
     r"(?:Using|Selected) (?P<kernel>\w+) for "
     r"(?:\w*(?:CompressedTensors|LinearMethod)\w*|mixed-precision linear|MXFP\d GEMM|NVFP4 GEMM)"
 )
+# `Using CPUExpertsInt4`, with nothing behind it.
+_EXPERTS = re.compile(r"Using (?P<experts>\w*Experts\w*)$")
 _WEIGHTS = re.compile(r"Model loading took (?P<gib>[\d.]+) GiB")
 _DTYPE = re.compile(r"Initializing a V1 LLM engine .*?\bdtype=torch\.(?P<dtype>\w+)")
 # With CUDA the first is what the profiling run left, on a CPU it is what was asked for.
@@ -33,6 +35,12 @@ def find_kernels(lines: list[str]) -> list[str]:
     """Linear kernels that vLLM named in its log, each once, in order of appearance."""
     found = (_KERNEL.search(line) for line in lines)
     return list(dict.fromkeys(match["kernel"] for match in found if match))
+
+
+def find_experts(lines: list[str]) -> list[str]:
+    """Classes of fused experts that vLLM named in its log, each once, in order of appearance."""
+    found = (_EXPERTS.search(line) for line in lines)
+    return list(dict.fromkeys(match["experts"] for match in found if match))
 
 
 def find_weights_memory(lines: list[str]) -> int | None:

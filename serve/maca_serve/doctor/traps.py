@@ -5,6 +5,9 @@ from maca_serve.doctor.checks import Problem
 # Kernel: (compute capability from which its compiled code refuses, what is known about it).
 # Python accepts int8 on Blackwell, C++ answers "Int8 not supported on SM120" at the first token.
 REFUSES_FROM = {"CutlassInt8ScaledMMLinearKernel": (100, "vLLM issue 54311")}
+# Experts of 4-bit weights whose compiled code computes in 8 bits (vLLM 0.32, `INT4_W4A8` in
+# cpu_moe.py), whatever VLLM_CPU_INT4_W4A8 says.
+ROUNDS_INPUTS = ("CPUExpertsInt4",)
 # What makes one scale of several, also of one, when FP8 weights with a scale per tensor are loaded.
 REQUANTIZES = "static_scaled_fp8_quant"
 
@@ -44,3 +47,16 @@ def half_a_tile(kernel: str, partition: list[int], layer: str) -> Problem | None
         return None
     what = f"vLLM gives {kernel} an output width of {out}, and its AMX code packs tiles of 32"
     return Problem("error", what, "leave these layers out of the recipe (`ignore`)", [layer])
+
+
+def rounds_inputs(kernel: str, layer: str) -> Problem | None:
+    """A warning about experts whose activations are rounded though the scheme says 16 bits.
+
+    Args:
+        kernel: the experts class's name.
+        layer: where it would run.
+    """
+    if kernel not in ROUNDS_INPUTS:
+        return None
+    what = f"{kernel} rounds the experts' activations to 8 bits, and nothing turns that off"
+    return Problem("warning", what, "", [layer])

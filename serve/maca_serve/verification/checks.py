@@ -6,7 +6,7 @@ from typing import Any
 from safetensors import safe_open
 
 from maca_serve.doctor.headers import Tensor
-from maca_serve.enginelog import find_kernels, find_weights_memory
+from maca_serve.enginelog import find_experts, find_kernels, find_weights_memory
 
 PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
 GIB = 1024**3
@@ -63,7 +63,11 @@ def check_kernel(lines: list[str], layers: list[dict[str, Any]] | None) -> Check
     # Code that is a method's own has the method's name, and vLLM does not log it.
     named = {layer["kernel"] for layer in quantized if layer["kernel"] != layer["scheme"]}
     predicted = sorted(str(kernel) for kernel in named)
-    running = sorted(find_kernels(lines))
+    running = find_kernels(lines)
+    # Experts at 16 bits are named there, too.
+    if any(layer["experts"] for layer in quantized):
+        running += find_experts(lines)
+    running.sort()
     if not predicted:
         return not_checked(name, "the doctor predicts none of the kernels that vLLM's log names")
     return held(
