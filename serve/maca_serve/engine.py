@@ -97,10 +97,8 @@ class Engine:
 
     @property
     def kernel(self) -> str:
-        """The kernels that vLLM chose, as its log names them; experts at 16 bits are none."""
-        kernels = find_kernels(self.log_lines)
-        if self.checkpoint.quantized:
-            kernels += find_experts(self.log_lines)
+        """The low-bit kernels that vLLM chose, as its log names them."""
+        kernels = find_kernels(self.log_lines) + find_experts(self.log_lines)
         if kernels:
             return ", ".join(kernels)
         if self.checkpoint.quantized:

@@ -162,7 +162,7 @@ def test_every_layer_is_counted(here):
 def test_cpu_chooses_and_says_why_not_the_others(here, amx):
     for entry in of_experts(here):
         assert entry["scheme"] == "CompressedTensorsWNA16MoEMethod"
-        assert entry["kernel"] == "CPUExpertsInt4"
+        assert (entry["kernel"], entry["backend"]) == ("CPUExpertsInt4", "CPU")
         assert entry["missing_ops"] == []
         assert list(reasons(entry)) == ["ZentorchExpertsInt4"]
 

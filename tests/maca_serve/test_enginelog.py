@@ -39,15 +39,17 @@ def test_a_kernel_is_named_once():
     assert find_kernels(lines) == ["A", "B"]
 
 
-def test_classes_of_experts():
+def test_backends_of_experts():
     lines = [
         WORKER + "Using 'CPU' WNA16 MoE backend.",
         WORKER + "Using MoEPrepareAndFinalizeNoDPEPModular",
         WORKER + "Using CPUExpertsInt4",
-        WORKER + "Using CPUExpertsInt4",
-        WORKER + "Using CPUWNA16LinearKernel for CompressedTensorsWNA16",
+        WORKER + "Using X86CPUUnquantizedExperts MoE backend",
+        WORKER + "Using TRITON Unquantized MoE backend out of potential backends: ['TRITON'].",
+        WORKER + "Using CPU_W8A8 Fp8 MoE backend out of potential backends: ['CPU_W8A8'].",
+        WORKER + "Using CPU W4A8 Int8 MoE backend out of potential backends: ['CPU'].",
     ]
-    assert find_experts(lines) == ["CPUExpertsInt4"]
+    assert find_experts(lines) == ["CPU experts", "CPU_W8A8 experts"]
 
 
 def test_the_memory_that_the_weights_take():

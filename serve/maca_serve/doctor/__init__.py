@@ -23,7 +23,7 @@ because vLLM prints to standard output:
     fusing.py     the layers that vLLM's model makes of the checkpoint's modules
     building.py   vLLM's own linear layer of one shape, without memory
     experts.py    vLLM's own layer of experts, as the model's code builds it
-    hf_config.py  the config as vLLM reads it
+    hf_config.py  the config as vLLM reads it; quant_config.py the quantization_config
     attention.py  whether attention has heads of the model's size
     trace.py      what each kernel said when it was asked
     experts_trace.py  the same for classes of experts

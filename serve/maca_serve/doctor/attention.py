@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from maca_serve.errors import one_line
+
 Answer = dict[str, Any]
 
 
@@ -32,8 +34,9 @@ def ask_attention(hf_config: Any, dtype: torch.dtype) -> Answer:
     try:
         with set_current_vllm_config(engine):
             backend = get_attn_backend(head_size, dtype, cache)
-    except ValueError as error:  # where no backend of several would run them
-        return {"backend": None, "head_size": head_size, "sizes": [], "refused": str(error)}
+    except Exception as error:  # whatever vLLM raises, it would raise in the engine
+        refused = one_line(error)
+        return {"backend": None, "head_size": head_size, "sizes": [], "refused": refused}
     reasons = backend.validate_configuration(
         head_size=head_size,
         dtype=dtype,

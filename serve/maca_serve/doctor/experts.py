@@ -10,6 +10,7 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -209,11 +210,19 @@ class FusedExperts:
             "class": "RoutedExperts" if built is None else type(built).__name__,
             "parts": list(self.experts.parts),
             "experts": self.experts.count,
+            "backend": _backend_of(built),
             "outs": outs,
             "shape": [sum(outs), hidden],
             "partition": [share * len(outs), hidden],
             "down": {"outs": [hidden], "shape": [hidden, between], "partition": [hidden, share]},
         }
+
+
+def _backend_of(built: Any) -> str | None:
+    """vLLM's name of the backend that it took, which is what its log says."""
+    found = vars(getattr(built, "quant_method", SimpleNamespace())).values()
+    backends = (value for value in found if isinstance(value, Enum))
+    return next((b.value for b in backends if type(b).__name__.endswith("Backend")), None)
 
 
 def _build(call: Call, quantization: Any) -> Any:

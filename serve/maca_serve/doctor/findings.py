@@ -24,10 +24,11 @@ def describe(
         tensor_parallel, dtype); `verdict` (`loads`, `conditional` on an optional package, `does
         not load`, or `unknown` where nobody was asked); `problems` (severity `error`, `warning` or
         `note`; what, cure, count, up to three modules); `attention` (backend, head_size, sizes that
-        it has, refused), null where it was not asked: on behalf of another card or for want of
-        plain attention; `layers`, one entry for all layers of one look: layer, count, class,
-        parts, experts (how many in a layer of experts, else null), shape and partition as
-        [output, input] features (of experts those of one's gate and up), scheme, kernel, refused
+        it has, refused), null where it was not asked: on behalf of another card, or for want of
+        plain attention or of a config that vLLM reads; `layers`, one entry for all layers of one
+        look: layer, count, class, parts, experts (how many in a layer of experts, else null),
+        shape and partition as [output, input] features (of experts those of one's gate and up),
+        scheme, kernel, backend (vLLM's name for the kernel of experts, else null), refused
         [{kernel, reason, needs}], with_packages {kernel, needs, install} or null, falls_back_from,
         error; and `changes` that would help, [{change, kernels}].
     """
@@ -155,6 +156,7 @@ def _group(layers: list[Entry]) -> list[Entry]:
         shown = {key: entry[key] for key in _LOOK}
         group = {"layer": name, "count": 0, "parts": parts, **shown}
         group |= {"refused": entry["refusals"], "with_packages": entry["with_packages"]}
+        group["backend"] = entry.get("backend")
         group["falls_back_from"] = entry["falls_back_from"]
         groups.setdefault(look, group)["count"] += 1
     return list(groups.values())

@@ -1,8 +1,6 @@
 """The answer to one question about kernels; runs in the worker, where vLLM is imported."""
 
-import copy
 import re
-import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +13,7 @@ from maca_serve.doctor.experts_trace import recording_experts
 from maca_serve.doctor.fusing import Layer, fuse, model_class
 from maca_serve.doctor.hf_config import read_config
 from maca_serve.doctor.operators import missing_ops
+from maca_serve.doctor.quant_config import capability_of, parse, refusal
 from maca_serve.doctor.simulation import (
     PACKAGES,
     Availability,
@@ -23,6 +22,7 @@ from maca_serve.doctor.simulation import (
     simulate,
 )
 from maca_serve.doctor.trace import CANNOT_BE_ASKED, Recorder, kernels
+from maca_serve.errors import one_line
 
 Answer = dict[str, Any]
 _NUMBER = re.compile(r"\b\d+\b")
@@ -35,7 +35,7 @@ def answer(question: dict[str, Any]) -> Answer:
     from vllm.platforms import current_platform
 
     compiled = bool(current_platform.is_cuda())
-    here = _capability(current_platform)
+    here = capability_of(current_platform)
     wanted = question["capability"]
     simulated = wanted is not None and wanted != here
     # All that vLLM imports or computes once is done on the platform that it was built for.
@@ -51,19 +51,13 @@ def answer(question: dict[str, Any]) -> Answer:
             assume_compiled(wanted)
     target = {
         "name": _target_name(current_platform),
-        "capability": _capability(current_platform),
+        "capability": capability_of(current_platform),
         "simulated": simulated,
         "compiled_code_assumed": simulated and not compiled,
         "tensor_parallel": question["tensor_parallel"],
     }
     found = {"refused": None} if chooser is None else chooser.answer(simulated)
     return {"vllm": vllm.__version__, "target": target, "unasked": unasked, **found}
-
-
-def one_line(error: Exception) -> str:
-    """An exception as vLLM's log would show it, in one line; without a message, its code."""
-    said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-    return " ".join(f"{type(error).__name__}: {said}".split())
 
 
 class _Chooser:
@@ -121,11 +115,11 @@ class _Chooser:
 
         self.simulated = simulated
         self.availability = Availability()
-        capability = _capability(current_platform)
+        capability = capability_of(current_platform)
         self.recorder = Recorder(self.availability, capability, forgiving=simulated)
         quantization = self.question["config"]["quantization_config"]
         dtype = self._dtype()
-        refused = _refusal(quantization, self.question["config"], dtype)
+        refused = refusal(quantization, self.question["config"], dtype)
         if refused:
             return {"refused": refused, "dtype": str(dtype).removeprefix("torch.")}
         with packages(self.availability), self.recorder.recording():
@@ -152,7 +146,7 @@ class _Chooser:
     def _variant(self, variant: dict[str, Any], dtype: torch.dtype) -> Answer:
         quantization = variant["quantization_config"]
         dtype = getattr(torch, variant["dtype"]) if variant["dtype"] else dtype
-        refused = _refusal(quantization, self.question["config"], dtype)
+        refused = refusal(quantization, self.question["config"], dtype)
         if refused:
             return {"change": variant["change"], "refused": refused, "layers": []}
         ranks = variant["tensor_parallel"]
@@ -218,7 +212,7 @@ class _Chooser:
         trace = self.recorder.start()
         built, error = None, None
         try:
-            built = build(self._quant_config(quantization))
+            built = build(parse(quantization, self.question["config"], self.model))
         except Exception as problem:  # whatever vLLM raises is why it would not load
             error = one_line(problem)
         method = getattr(built, "quant_method", None)
@@ -240,15 +234,6 @@ class _Chooser:
             "missing_ops": [] if self.simulated or kernel is None else missing_ops(kernel, scheme),
         }
         return found, built
-
-    def _quant_config(self, quantization: dict[str, Any]) -> Any:
-        from vllm.model_executor.layers.quantization import get_quantization_config
-        from vllm.model_executor.model_loader.utils import configure_quant_config
-
-        method = quant_method(quantization, self.question["config"])
-        config = get_quantization_config(method).from_config(copy.deepcopy(quantization))
-        configure_quant_config(config, self.model)
-        return config
 
     def _dtype(self) -> torch.dtype:
         """What vLLM would compute in: the model's dtype, or the platform's where that is none."""
@@ -276,48 +261,6 @@ def _better_reasons(plain: list[Answer], pretended: list[Answer]) -> list[Answer
     ]
 
 
-def quant_method(quantization: dict[str, Any], config: dict[str, Any]) -> str:
-    """vLLM's name of the method, which may not be the one that the checkpoint says."""
-    from types import SimpleNamespace
-
-    from vllm.model_executor.layers.quantization import (
-        QUANTIZATION_METHODS,
-        get_quantization_config,
-    )
-
-    hf_config = SimpleNamespace(**config)
-    for name in ("auto_gptq", "auto_awq", "inc", "modelopt", "modelopt_fp4", "modelopt_mixed"):
-        override = get_quantization_config(name).override_quantization_method(
-            quantization, None, hf_config=hf_config
-        )
-        if override is not None:
-            return str(override)
-    method = str(quantization.get("quant_method"))
-    if method not in QUANTIZATION_METHODS:
-        raise ValueError(f"vLLM knows no quantization method {method!r}")
-    return method
-
-
-def _refusal(quantization: Any, config: dict[str, Any], dtype: torch.dtype) -> str | None:
-    """Why vLLM would refuse the config before it builds any layer, None when it would not."""
-    from vllm.model_executor.layers.quantization import get_quantization_config
-    from vllm.platforms import current_platform
-
-    try:
-        method = quant_method(quantization, config)
-        current_platform.verify_quantization(method)
-        parsed = get_quantization_config(method).from_config(copy.deepcopy(quantization))
-    except Exception as error:  # whatever it raises is the reason
-        return one_line(error)
-    capability = _capability(current_platform)
-    if capability is not None and capability < parsed.get_min_capability():
-        least = parsed.get_min_capability() / 10
-        return f"{method} needs compute capability {least}, the card has {capability / 10}"
-    if dtype not in parsed.get_supported_act_dtypes():
-        return f"{method} does not compute in {dtype}"
-    return None
-
-
 def _read_config(config: dict[str, Any]) -> tuple[Any, str | None]:
     """vLLM's config object, or why there is none."""
     try:
@@ -338,11 +281,6 @@ def _kernel_of(layer: Any) -> type | None:
             if type(value) in known:
                 return type(value)
     return None
-
-
-def _capability(platform: Any) -> int | None:
-    capability = platform.get_device_capability()
-    return None if capability is None else int(capability.to_int())
 
 
 def _target_name(platform: Any) -> str:
