@@ -8,7 +8,7 @@ from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.doctor.simulation import PACKAGES
 from maca_serve.doctor.speeds import no_faster
 from maca_serve.doctor.straddling import torn_words
-from maca_serve.doctor.traps import REQUANTIZES, false_yes, half_a_tile, rounds_inputs
+from maca_serve.doctor.traps import REQUANTIZES, false_yes, half_a_tile, rounds_inputs, torn_tiles
 
 Entry = dict[str, Any]
 # To be replaced where no change that was tried helps.
@@ -91,6 +91,8 @@ def _of_compiled_code(entry: Entry, answer: Entry, here: Entry | None) -> Iterat
         yield tile
     if here and (slow := no_faster(kernel, here, entry["layer"])):
         yield slow
+    if entry.get("down") and (torn := torn_tiles(kernel, entry["down"]["partition"], *name)):
+        yield torn
     if rounding := rounds_inputs(kernel, entry["layer"]):
         yield rounding
     if kernel == "CPUWNA16LinearKernel" and on_amx:

@@ -49,6 +49,25 @@ def half_a_tile(kernel: str, partition: list[int], layer: str) -> Problem | None
     return Problem("error", what, "leave these layers out of the recipe (`ignore`)", [layer])
 
 
+def torn_tiles(kernel: str, partition: list[int], layer: str) -> Problem | None:
+    """The problem with experts whose widths do not fill the tiles of vLLM's 4-bit AMX code.
+
+    vLLM 0.32 asks for nothing. Held to their dequantized weights, in groups of up to 128, its
+    experts were right where 32 divides both sizes; else it dies as it packs them (hidden size), or
+    answers with whatever memory holds (intermediate size).
+
+    Args:
+        kernel: the experts class's name.
+        partition: [hidden size, intermediate size] on one rank, of the down projections.
+        layer: where it would run.
+    """
+    torn = [width for width in partition if width % 32]
+    if kernel != "CPUExpertsInt4" or not torn:
+        return None
+    what = f"{kernel} works in tiles of 32, which do not divide {torn[0]}: its answers are nonsense"
+    return Problem("error", what, "leave the experts out of the recipe (`ignore`)", [layer])
+
+
 def rounds_inputs(kernel: str, layer: str) -> Problem | None:
     """A warning about experts whose activations are rounded though the scheme says 16 bits.
 
