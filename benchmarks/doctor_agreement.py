@@ -1,6 +1,6 @@
 """Does vLLM do what the doctor says it would? Scheme by scheme, on this machine.
 
-    .venv-serve/bin/python benchmarks/doctor_agreement.py          # all, half an hour on two cores
+    .venv-serve/bin/python benchmarks/doctor_agreement.py          # all, 40 minutes on two cores
     .venv-serve/bin/python benchmarks/doctor_agreement.py w8a8     # some; the others' results stay
 
 Makes the checkpoints of ``doctor_cases.py``, and one of them again in 4-bit containers; asks the
@@ -27,19 +27,22 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "doctor_agreement.json"
-REPACKED = ("w3a16-g64",)
+# Cases made from another: the same checkpoint in 4-bit containers.
+REPACKED = {"w3a16-g64-in-4": "w3a16-g64"}
 PROMPT = list(range(100, 140))
 
 
-def make_checkpoints(folder: Path) -> list[Path]:
-    """All cases."""
+def make_checkpoints(folder: Path, names: list[str]) -> list[Path]:
+    """The cases named, or all."""
     python = ROOT / ".venv" / "bin" / "python"
     maker = ROOT / "benchmarks" / "doctor_cases.py"
-    subprocess.run([python, maker, folder], check=True)
-    for name in REPACKED:
-        if not (folder / f"{name}-in-4").exists():
-            repack(folder / name, folder / f"{name}-in-4", container=4)
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    made = dict.fromkeys(REPACKED.get(name, name) for name in names)
+    subprocess.run([python, maker, folder, *made], check=True)
+    for name, source in REPACKED.items():
+        if name in names or not names:
+            repack(folder / source, folder / name, container=4)
+    found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [path for path in found if path.name in names or not names]
 
 
 def predict(folder: Path) -> dict:
@@ -109,9 +112,7 @@ def main() -> None:
     """Compare, write the result after each case, print a table of all."""
     cases = before() if sys.argv[1:] else {}
     with tempfile.TemporaryDirectory() as name:
-        folders = make_checkpoints(Path(name))
-        names = sys.argv[1:] or [folder.name for folder in folders]
-        for folder in tqdm([f for f in folders if f.name in names], desc="engines"):
+        for folder in tqdm(make_checkpoints(Path(name), sys.argv[1:]), desc="engines"):
             cases[folder.name] = compare(folder)
             found = [cases[name] for name in sorted(cases)]
             content = {"machine": describe_machine(), "versions": versions(), "cases": found}

@@ -1,6 +1,6 @@
-"""Checkpoints to hold the doctor to: many schemes, two shapes, tiny random weights.
+"""Checkpoints to hold the doctor to: many schemes, a few shapes, tiny random weights.
 
-    .venv/bin/python benchmarks/doctor_cases.py FOLDER     # in the quantize environment
+    .venv/bin/python benchmarks/doctor_cases.py FOLDER [CASE ...]  # in the quantize environment
 
 Written by llm-compressor's own QuantizationModifier (round to nearest), so that formats are those
 that users have. ``doctor_agreement.py`` runs this.
@@ -14,13 +14,27 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from maca_llmc import models
 
 EVEN = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 ODD = {"hidden_size": 240, "intermediate_size": 496, "head_dim": 64}
 """Widths that 16 divides and 32 does not."""
+HEADS = {**EVEN, "head_dim": 60}
+"""A head size that 32 does not divide."""
+MOE = {
+    **EVEN,
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 128,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+MIXED = {**MOE, "mlp_only_layers": [0]}
+"""The first layer has no experts."""
+ODD_MOE = {**MOE, "moe_intermediate_size": 144}
 
 
 def weights(bits: int, group: int | None, symmetric: bool = True, **activations: dict) -> dict:
@@ -49,6 +63,18 @@ CASES = {
     "w2a16-g64": (weights(2, 64), EVEN),
     "nvfp4": ({"scheme": "NVFP4"}, EVEN),
     "mxfp4a16": ({"scheme": "MXFP4A16"}, EVEN),
+    "heads-of-60": ({"scheme": "W8A8"}, HEADS),
+    "moe-w4a16-g128": (weights(4, 128), MOE),
+    "moe-w4a16-g64-mixed": (weights(4, 64), MIXED),
+    "moe-w4a16-g32": (weights(4, 32), MOE),
+    "moe-w4a16-channel": (weights(4, None), MOE),
+    "moe-w4a16-asymmetric-g64": (weights(4, 64, symmetric=False), MOE),
+    "moe-w4a16-g16-odd": (weights(4, 16), ODD_MOE),
+    "moe-w8a8": ({"scheme": "W8A8"}, MOE),
+    "moe-w8a8-odd": ({"scheme": "W8A8"}, ODD_MOE),
+    "moe-w4a8-g32": (weights(4, 32, input_activations=TOKENWISE), MOE),
+    "moe-fp8-dynamic": ({"scheme": "FP8_DYNAMIC"}, MOE),
+    "moe-fp8-block": ({"scheme": "FP8_BLOCK"}, MOE),
 }
 
 
@@ -56,14 +82,15 @@ def make(folder: Path, fields: dict, shape: dict) -> None:
     """One checkpoint, with the embedded model's tokenizer."""
     torch.manual_seed(0)
     tokenizer = models.load_tokenizer(models.resolve_model("smollm2-135m-instruct"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        **shape,
-    )
+    common = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    config = AutoConfig.for_model(**common | shape)
     base = folder.parent / ".base"  # llm-compressor copies what stands beside a model's weights
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -73,15 +100,16 @@ def make(folder: Path, fields: dict, shape: dict) -> None:
         model=model,
         processor=tokenizer,
         dataset=DataLoader(rows, batch_size=None),
-        recipe=QuantizationModifier(ignore=["lm_head"], **fields),
+        recipe=QuantizationModifier(ignore=["lm_head", r"re:.*mlp\.gate$"], **fields),
         output_dir=str(folder),
     )
 
 
 def main() -> None:
-    """Make what is missing."""
-    folder = Path(sys.argv[1])
-    for name, (fields, shape) in tqdm(CASES.items(), desc="checkpoints"):
+    """Make what is missing of all, or of those named."""
+    folder, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
+    for name in tqdm(names, desc="checkpoints"):
+        fields, shape = CASES[name]
         if not (folder / name / "model.safetensors").is_file():
             make(folder / name, fields, shape)
 

@@ -16,7 +16,14 @@ from urllib.parse import urlsplit
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.client import Client
 from maca_serve.console import progress
-from maca_serve.enginelog import find_cause, find_dtype, find_kernels, last_message, tail
+from maca_serve.enginelog import (
+    find_cause,
+    find_dtype,
+    find_experts,
+    find_kernels,
+    last_message,
+    tail,
+)
 from maca_serve.errors import EngineError, RequestError, UserError
 from maca_serve.fit import Fit
 from maca_serve.process import listens, start_group, stop_group
@@ -90,8 +97,8 @@ class Engine:
 
     @property
     def kernel(self) -> str:
-        """The linear kernels that vLLM chose, as its log names them."""
-        kernels = find_kernels(self.log_lines)
+        """The low-bit kernels that vLLM chose, as its log names them."""
+        kernels = find_kernels(self.log_lines) + find_experts(self.log_lines)
         if kernels:
             return ", ".join(kernels)
         if self.checkpoint.quantized:

@@ -8,6 +8,8 @@ _KERNEL = re.compile(
     r"(?:Using|Selected) (?P<kernel>\w+) for "
     r"(?:\w*(?:CompressedTensors|LinearMethod)\w*|mixed-precision linear|MXFP\d GEMM|NVFP4 GEMM)"
 )
+# `Using 'CPU' WNA16 MoE backend.`, `Using CPU Int8 MoE backend out of potential backends: [...].`
+_EXPERTS = re.compile(r"Using '?(?P<backend>\w+)'? (?!Unquantized)\w+(?: \w+)? MoE backend")
 _WEIGHTS = re.compile(r"Model loading took (?P<gib>[\d.]+) GiB")
 _DTYPE = re.compile(r"Initializing a V1 LLM engine .*?\bdtype=torch\.(?P<dtype>\w+)")
 # With CUDA the first is what the profiling run left, on a CPU it is what was asked for.
@@ -33,6 +35,17 @@ def find_kernels(lines: list[str]) -> list[str]:
     """Linear kernels that vLLM named in its log, each once, in order of appearance."""
     found = (_KERNEL.search(line) for line in lines)
     return list(dict.fromkeys(match["kernel"] for match in found if match))
+
+
+def find_experts(lines: list[str]) -> list[str]:
+    """Backends of quantized experts in vLLM's log, `CPU experts`, each once, in order."""
+    found = (_EXPERTS.search(line) for line in lines)
+    return list(dict.fromkeys(name_experts(match["backend"]) for match in found if match))
+
+
+def name_experts(backend: str) -> str:
+    """What runs a layer of experts: vLLM's log does not always name the class."""
+    return f"{backend} experts"
 
 
 def find_weights_memory(lines: list[str]) -> int | None:

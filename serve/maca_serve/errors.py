@@ -1,4 +1,6 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and how errors are told."""
+
+import traceback
 
 
 class UserError(Exception):
@@ -31,3 +33,9 @@ class EngineError(UserError):
     def __init__(self, message: str, details: list[str]) -> None:
         super().__init__(message)
         self.details = details
+
+
+def one_line(error: Exception) -> str:
+    """An exception as vLLM's log would show it, in one line; without a message, its code."""
+    said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+    return " ".join(f"{type(error).__name__}: {said}".split())

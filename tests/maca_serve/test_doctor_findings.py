@@ -22,6 +22,7 @@ def entry(layer="model.layers.0.o_proj", **changes):
         "layer": layer,
         "class": "RowParallelLinear",
         "parts": [layer],
+        "experts": None,
         "outs": [576],
         "shape": [576, 576],
         "partition": [576, 576],
@@ -48,7 +49,15 @@ NO_KERNEL = {
 HUMMING = {"with_packages": {"kernel": "HummingLinearKernel", "needs": ["humming"]}}
 
 
-def answer(*layers, simulated=True, ranks=1, variants=(), refused=None, unasked=None):
+def experts(layer="model.layers.0.mlp.experts", **changes):
+    parts = [f"{layer}.{n}.{part}_proj" for n in range(8) for part in ("gate", "up", "down")]
+    down = {"outs": [256], "shape": [256, 128], "partition": [256, 128]}
+    sizes = {"outs": [128, 128], "shape": [256, 256], "partition": [256, 256], "down": down}
+    names = {"class": "RoutedExperts", "parts": parts, "experts": 8, "kernel": "MarlinExperts"}
+    return entry(layer, **names | sizes | changes)
+
+
+def answer(*layers, simulated=True, ranks=1, variants=(), refused=None, unasked=None, **more):
     target = {"name": "x", "capability": 80, "simulated": simulated, "tensor_parallel": ranks}
     return {
         "vllm": "0",
@@ -58,6 +67,7 @@ def answer(*layers, simulated=True, ranks=1, variants=(), refused=None, unasked=
         "dtype": "bfloat16",
         "layers": list(layers),
         "variants": list(variants),
+        **more,
     }
 
 
@@ -186,10 +196,60 @@ def test_fused_modules_of_which_some_are_quantized():
     assert diagnosis["problems"][0]["cure"] == "quantize all of gate_proj, up_proj alike, or none"
 
 
+def test_experts_are_one_layer():
+    diagnosis = diagnose(experts(), experts("model.layers.1.mlp.experts"))
+    assert diagnosis["verdict"] == "loads" and diagnosis["problems"] == []
+    (group,) = diagnosis["layers"]
+    assert (group["layer"], group["count"]) == ("model.layers.*.mlp.experts", 2)
+    assert group["experts"] == 8
+    of_one = [f"model.layers.*.mlp.experts.*.{part}_proj" for part in ("gate", "up", "down")]
+    assert group["parts"] == of_one
+
+
 def test_experts_were_not_asked():
-    diagnosis = diagnose(entry(), quantized={"model.layers.0.o_proj", "m.experts.0.up_proj"})
+    unasked = [{"reason": "LookupError: of their own kind", "modules": ["m.experts.0.up_proj"]}]
+    diagnosis = diagnose(entry(), unasked_experts=unasked)
     assert diagnosis["verdict"] == "unknown"
-    assert "were not asked" in whats(diagnosis)[0]
+    assert whats(diagnosis)[0].endswith("which were not asked: LookupError: of their own kind")
+
+
+def test_no_class_of_experts():
+    refusals = [
+        refusal("TritonExperts", "kernel does not support current device cpu"),
+        refusal("CPUExpertsInt8", "kernel requires hidden dim divisible by 32"),
+    ]
+    error = "NotImplementedError: No Int8 MoE backend supports this (weight_key=QuantKey(i8))"
+    diagnosis = diagnose(experts(kernel=None, error=error, refusals=refusals))
+    assert diagnosis["verdict"] == "does not load"
+    assert whats(diagnosis) == [
+        "none of vLLM's experts classes supports this;"
+        " CPUExpertsInt8: kernel requires hidden dim divisible by 32"
+    ]
+
+
+def test_experts_that_round_activations():
+    diagnosis = diagnose(experts(kernel="CPUExpertsInt4"), simulated=False)
+    assert diagnosis["verdict"] == "loads"
+    assert "rounds the experts' activations to 8 bits" in whats(diagnosis)[0]
+
+
+def test_words_of_down_that_ranks_tear():
+    down = {"outs": [256], "shape": [256, 128], "partition": [256, 4]}
+    diagnosis = diagnose(experts(down=down))
+    assert diagnosis["verdict"] == "does not load"
+    assert "4 input features of a rank x 4 bits are not whole 32-bit words" in whats(diagnosis)[0]
+
+
+def test_heads_that_attention_does_not_have():
+    attention = {"backend": "CPU_ATTN", "head_size": 60, "sizes": [32, 64], "refused": "no"}
+    diagnosis = diagnose(entry(), attention=attention)
+    assert diagnosis["verdict"] == "does not load"
+    assert whats(diagnosis) == ["vLLM's CPU_ATTN cannot run attention heads of 60: no"]
+    assert diagnosis["problems"][0]["cure"].endswith("CPU_ATTN has 32, 64")
+    assert diagnosis["attention"] == attention
+    refused = attention | {"refused": None}
+    assert diagnose(entry(), attention=refused)["verdict"] == "loads"
+    assert diagnose(entry())["attention"] is None
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def measured(monkeypatch):
 
 def notes(simulated=False):
     name = "model.layers.0.o_proj"
-    layer = dict.fromkeys(("class", "scheme", "error", "with_packages", "roomy_kernel"))
+    layer = dict.fromkeys(("class", "experts", "scheme", "error", "with_packages", "roomy_kernel"))
     layer |= {"layer": name, "parts": [name], "quantized": True, "kernel": "CPUWNA16LinearKernel"}
     layer |= {"shape": [64, 64], "partition": [64, 64], "refusals": [], "missing_ops": []}
     target = {"capability": None, "simulated": simulated, "tensor_parallel": 1}

@@ -1,5 +1,5 @@
 import pytest
-from maca_serve.doctor.traps import false_yes, half_a_tile
+from maca_serve.doctor.traps import false_yes, half_a_tile, torn_tiles
 
 INT8 = "CutlassInt8ScaledMMLinearKernel"
 
@@ -23,3 +23,19 @@ def test_int8_widths_that_amx_code_cannot_pack(partition, fails):
     found = half_a_tile("CPUInt8ScaledMMLinearKernel", partition, "o_proj")
     assert (found is not None) == fails
     assert half_a_tile("CPUWNA16LinearKernel", partition, "o_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "partition", "fails"),
+    [
+        ("CPUExpertsInt4", [256, 160], False),
+        ("CPUExpertsInt4", [256, 144], True),
+        ("CPUExpertsInt4", [240, 128], True),
+        ("CPUExpertsInt8", [256, 144], False),
+    ],
+)
+def test_experts_in_tiles(kernel, partition, fails):
+    found = torn_tiles(kernel, partition, "x")
+    assert (found is not None) == fails
+    if found:
+        assert found.severity == "error" and found.modules == ["x"]

@@ -4,6 +4,7 @@ from rich.console import Console
 LAYER = {
     "layer": "model.layers.*.mlp.down_proj",
     "count": 30,
+    "experts": None,
     "quantized": True,
     "shape": [576, 1536],
     "partition": [576, 768],
@@ -56,3 +57,12 @@ def test_reasons_of_some_layers_name_them():
     other = {**LAYER, "layer": "model.layers.*.mlp.up_proj", "refused": []}
     said = list(view.endings({**DIAGNOSIS, "layers": [LAYER, other]}))
     assert said[1] == "    Marlin: 3 bits (down_proj)"
+
+
+def test_table_of_experts():
+    experts = {**LAYER, "experts": 128, "kernel": "MarlinExperts", "with_packages": None}
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(view.layer_table({**DIAGNOSIS, "layers": [experts]}))
+    text = console.export_text()
+    assert "128 experts of 576 x 1536 -> 576 x 768" in text
+    assert "MarlinExperts" in text

@@ -3,6 +3,7 @@ from maca_serve.enginelog import (
     find_cache,
     find_cause,
     find_dtype,
+    find_experts,
     find_kernels,
     find_weights_memory,
     last_message,
@@ -36,6 +37,19 @@ def test_kernels(line, kernels):
 def test_a_kernel_is_named_once():
     lines = [WORKER + f"Using {k} for CompressedTensorsWNA16" for k in ("A", "B", "A")]
     assert find_kernels(lines) == ["A", "B"]
+
+
+def test_backends_of_experts():
+    lines = [
+        WORKER + "Using 'CPU' WNA16 MoE backend.",
+        WORKER + "Using MoEPrepareAndFinalizeNoDPEPModular",
+        WORKER + "Using CPUExpertsInt4",
+        WORKER + "Using X86CPUUnquantizedExperts MoE backend",
+        WORKER + "Using TRITON Unquantized MoE backend out of potential backends: ['TRITON'].",
+        WORKER + "Using CPU_W8A8 Fp8 MoE backend out of potential backends: ['CPU_W8A8'].",
+        WORKER + "Using CPU W4A8 Int8 MoE backend out of potential backends: ['CPU'].",
+    ]
+    assert find_experts(lines) == ["CPU experts", "CPU_W8A8 experts"]
 
 
 def test_the_memory_that_the_weights_take():

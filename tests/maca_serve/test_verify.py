@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 FOLDER = os.environ.get("MACA_TEST_CHECKPOINTS")
-LAYERS = [{"quantized": True, "kernel": "CPUWNA16LinearKernel", "scheme": "CompressedTensorsWNA16"}]
+LAYERS = [
+    {
+        "quantized": True,
+        "kernel": "CPUWNA16LinearKernel",
+        "backend": None,
+        "scheme": "CompressedTensorsWNA16",
+    }
+]
 TOP = 10
 
 

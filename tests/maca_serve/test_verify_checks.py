@@ -4,10 +4,11 @@ import pytest
 from maca_serve.verification.checks import check_kernel, check_memory
 
 KERNEL = "Using CPUWNA16LinearKernel for CompressedTensorsWNA16"
+EXPERTS = "Using 'CPU' WNA16 MoE backend."
 
 
-def layer(kernel, scheme="CompressedTensorsWNA16", quantized=True):
-    return {"kernel": kernel, "scheme": scheme, "quantized": quantized}
+def layer(kernel, scheme="CompressedTensorsWNA16", quantized=True, backend=None):
+    return {"kernel": kernel, "scheme": scheme, "quantized": quantized, "backend": backend}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,10 @@ def layer(kernel, scheme="CompressedTensorsWNA16", quantized=True):
         ([KERNEL], [layer(None)], "fail"),
         ([KERNEL], [layer("CPUWNA16LinearKernel"), layer("MarlinLinearKernel")], "fail"),
         ([], [layer("MarlinLinearKernel")], "fail"),
+        ([KERNEL, EXPERTS], [layer("CPUWNA16LinearKernel")], "fail"),
+        ([EXPERTS], [layer("CPUExpertsInt4", backend="CPU")], "pass"),
+        ([KERNEL], [layer("CPUExpertsInt4", backend="CPU")], "fail"),
+        ([EXPERTS], [layer("CPUExpertsInt4", backend="ZEN_CPU")], "fail"),
         ([], [layer("OwnMethod", "OwnMethod")], "not checked"),
         ([], [], "not checked"),
         ([], None, "not checked"),

@@ -10,6 +10,7 @@ Two halves that meet in one JSON message. This side reads files and knows the fo
     traps.py      kernels that say yes and fail
     speeds.py     kernels that were measured to be slower than 16 bits
     variants.py   what could be changed
+    layer_problems.py  what is wrong with one layer
     findings.py   what it all means
     diagnosis.py  from a folder or a file of shapes to the findings; view.py shows them
 
@@ -20,8 +21,12 @@ because vLLM prints to standard output:
     selection.py  asks about every layer
     simulation.py a card that is not here, and packages that are not here
     fusing.py     the layers that vLLM's model makes of the checkpoint's modules
-    building.py   vLLM's own layer of one shape, without memory
+    building.py   vLLM's own linear layer of one shape, without memory
+    experts.py    vLLM's own layer of experts, as the model's code builds it
+    hf_config.py  the config as vLLM reads it; quant_config.py the quantization_config
+    attention.py  whether attention has heads of the model's size
     trace.py      what each kernel said when it was asked
+    experts_trace.py  the same for classes of experts
 """
 
 from maca_serve.doctor.diagnosis import diagnose, diagnose_shapes

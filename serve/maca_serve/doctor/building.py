@@ -1,42 +1,110 @@
-"""vLLM's own layer of one shape, on the meta device: parameters have shapes and no memory."""
+"""vLLM's own linear layer of one shape, on the meta device: parameters have no memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
 
 from maca_serve.doctor.fusing import Layer
 
+# A layer that every kernel's tiles divide: what is refused here is refused for the scheme.
+ROOMY = 8192
+
+
+class Subject(Protocol):
+    """A layer to ask vLLM about."""
+
+    def build(self, quantization: Any) -> Any:
+        """Build vLLM's layer with its quantization config; it chooses its kernel meanwhile.
+
+        Raises:
+            Exception: whatever vLLM raises where it would not load the layer.
+        """
+
+    def build_roomy(self, quantization: Any) -> Any:
+        """The same with widths of `ROOMY`."""
+
+    def describe(self, built: Any) -> dict[str, Any]:
+        """Name, class, parts and sizes; `built` is None where vLLM would not build it."""
+
+
+class Linear:
+    """A linear layer to ask vLLM about."""
+
+    def __init__(self, layer: Layer, config: dict[str, Any], ranks: int) -> None:
+        """Prepare.
+
+        Args:
+            layer: what to build.
+            config: the text model's config.
+            ranks: size of the tensor-parallel group.
+        """
+        self.layer, self.config, self.ranks = layer, config, ranks
+
+    def build(self, quantization: Any) -> Any:
+        """See `Subject`."""
+        return build(self.layer, self.config, quantization)
+
+    def build_roomy(self, quantization: Any) -> Any:
+        """See `Subject`."""
+        layer = self.layer
+        roomy = Layer(layer.name, "ReplicatedLinear", layer.parts, (ROOMY,), ROOMY)
+        return build(roomy, self.config, quantization)
+
+    def describe(self, built: Any) -> dict[str, Any]:
+        """See `Subject`."""
+        layer = self.layer
+        return {
+            "layer": layer.name,
+            "class": layer.kind,
+            "parts": list(layer.parts),
+            "experts": None,
+            "outs": list(layer.outs),
+            "shape": [sum(layer.outs), layer.width],
+            "partition": _partition(built) or share(layer, self.ranks),
+        }
+
 
 @contextmanager
-def as_rank_of(engine: Any, tensor_parallel: int, dtype: torch.dtype) -> Iterator[None]:
+def as_rank_of(
+    engine: Any, tensor_parallel: int, dtype: torch.dtype, hf_config: Any
+) -> Iterator[None]:
     """Let vLLM build layers as the first rank of a tensor-parallel group that does not exist.
 
     Args:
         engine: a default `VllmConfig`.
         tensor_parallel: size of the group.
         dtype: what the model computes in.
+        hf_config: vLLM's config object of the model, None where there is none.
     """
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    # Only the dtype is read while layers are built; a real one would need a model folder.
-    object.__setattr__(engine, "model_config", SimpleNamespace(dtype=dtype))
-    group = SimpleNamespace(world_size=tensor_parallel, rank_in_group=0)
+    # Only this is read while layers are built; a real one would need a model folder.
+    text = hf_config.get_text_config() if hf_config is not None else None
+    model = SimpleNamespace(dtype=dtype, hf_config=hf_config, hf_text_config=text)
+    object.__setattr__(engine, "model_config", model)
+    group, alone = _group(tensor_parallel), _group(1)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with (
-            patch.object(parallel_state, "_TP", group),
+            patch.multiple(parallel_state, _TP=group, _EP=group, _DP=alone, _PCP=alone),
             set_current_vllm_config(engine),
             torch.device("meta"),
         ):
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _group(size: int) -> Any:
+    """What vLLM reads off a group of ranks, for the first of them."""
+    devices = SimpleNamespace(size=lambda: size, rank=lambda: 0)
+    return SimpleNamespace(world_size=size, rank_in_group=0, device_group=devices)
 
 
 def build(layer: Layer, config: dict[str, Any], quantization: Any) -> Any:
@@ -89,3 +157,10 @@ def share(layer: Layer, ranks: int) -> list[int]:
     if layer.kind == "RowParallelLinear":
         return [out, layer.width // ranks]
     return [out // ranks, layer.width]
+
+
+def _partition(layer: Any) -> list[int] | None:
+    """[output features, input features] on one rank."""
+    out = getattr(layer, "output_size_per_partition", None)
+    width = getattr(layer, "input_size_per_partition", None)
+    return [out, width] if out is not None and width is not None else None

@@ -4,19 +4,14 @@ import re
 from typing import Any
 
 from maca_serve.doctor.checks import Contents, Problem, heads_misfit
-from maca_serve.doctor.schemes import scheme_finder
-from maca_serve.doctor.simulation import PACKAGES
-from maca_serve.doctor.speeds import no_faster
-from maca_serve.doctor.straddling import torn_words
-from maca_serve.doctor.traps import REQUANTIZES, false_yes, half_a_tile
+from maca_serve.doctor.layer_problems import CHANGES, layer_problems
 from maca_serve.machine import describe_machine
 
 Entry = dict[str, Any]
 LOADS, CONDITIONAL, FAILS, UNKNOWN = "loads", "conditional", "does not load", "unknown"
 _FOR_LAYER = re.compile(r" for layer '[^']*'")
 _NUMBER = re.compile(r"\b\d+\b")
-_CHANGES = "make one of the changes below"
-_LOOK = ("class", "shape", "partition", "quantized", "scheme", "kernel", "error")
+_LOOK = ("class", "experts", "shape", "partition", "quantized", "scheme", "kernel", "error")
 
 
 def describe(
@@ -28,10 +23,14 @@ def describe(
         `subject`, `scheme`, `vllm`; `target` (name, capability, simulated, compiled_code_assumed,
         tensor_parallel, dtype); `verdict` (`loads`, `conditional` on an optional package, `does
         not load`, or `unknown` where nobody was asked); `problems` (severity `error`, `warning` or
-        `note`; what, cure, count, up to three modules); `layers`, one entry for all layers of one
-        look: layer, count, class, parts, shape and partition as [output, input] features, scheme,
-        kernel, refused [{kernel, reason, needs}], with_packages {kernel, needs, install} or null,
-        falls_back_from, error; and `changes` that would help, [{change, kernels}].
+        `note`; what, cure, count, up to three modules); `attention` (backend, head_size, sizes that
+        it has, refused), null where it was not asked: on behalf of another card, or for want of
+        plain attention or of a config that vLLM reads; `layers`, one entry for all layers of one
+        look: layer, count, class, parts, experts (how many in a layer of experts, else null),
+        shape and partition as [output, input] features (of experts those of one's gate and up),
+        scheme, kernel, backend (vLLM's name for the kernel of experts, else null), refused
+        [{kernel, reason, needs}], with_packages {kernel, needs, install} or null, falls_back_from,
+        error; and `changes` that would help, [{change, kernels}].
     """
     layers = [_complete(entry) for entry in answer.get("layers", [])]
     problems = list(contents.problems)
@@ -42,13 +41,14 @@ def describe(
     problems += _heads(config, answer)
     here = None if _simulated(answer) else describe_machine()
     for entry in layers:
-        problems += _layer_problems(entry, config, answer, here)
+        problems += layer_problems(entry, config, answer, here)
     problems += _stored_otherwise(layers, contents)
-    problems += _experts(contents)
+    problems += _experts(answer)
+    problems += _attention(answer)
     problems = _merge(problems)
     changes = _helpful(layers, answer.get("variants", []))
     for problem in problems:
-        if problem.cure == _CHANGES and not changes:
+        if problem.cure == CHANGES and not changes:
             problem.cure = "choose another scheme or target: no change that was tried helps"
     return {
         "subject": subject,
@@ -57,14 +57,10 @@ def describe(
         "target": {**answer.get("target", {}), "dtype": answer.get("dtype")},
         "verdict": _verdict(problems, layers, answer),
         "problems": [problem.describe() for problem in problems],
+        "attention": answer.get("attention"),
         "layers": _group(layers),
         "changes": changes,
     }
-
-
-def packages_in_words(needs: list[str]) -> str:
-    """Import names as what pip calls them."""
-    return ", ".join(PACKAGES[name] for name in needs)
 
 
 def _complete(entry: Entry) -> Entry:
@@ -77,64 +73,6 @@ def _complete(entry: Entry) -> Entry:
     roomy = entry.get("roomy_kernel")
     fell = roomy if entry["kernel"] and roomy not in (None, entry["kernel"]) else None
     return {**entry, "falls_back_from": fell, "with_packages": entry.get("with_packages")}
-
-
-def _layer_problems(
-    entry: Entry, config: dict[str, Any], answer: Entry, here: Entry | None
-) -> list[Problem]:
-    """`here` is this machine, None where another is asked about."""
-    if not entry["quantized"]:
-        return []
-    name, found = [entry["layer"]], []
-    if entry["kernel"] is None:
-        found.append(_no_kernel(entry, answer))
-    elif entry["missing_ops"]:
-        ops, flags = ", ".join(entry["missing_ops"]), ", ".join(here["cpu_flags"] if here else [])
-        what = f"vLLM would choose {entry['kernel']}, and its build here lacks {ops}"
-        cure = f"serve it on a CPU with AVX-512; this one has {flags or 'no vector extensions'}"
-        if REQUANTIZES in entry["missing_ops"]:
-            cure = "quantize with a scale per channel or per block (FP8_DYNAMIC, FP8_BLOCK)"
-        found.append(Problem("error", what, cure, name))
-    if trap := false_yes(entry["kernel"] or "", answer["target"]["capability"], entry["layer"]):
-        found.append(trap)
-    on_amx = here is not None and "amx_int8" in here["cpu_flags"]
-    part = entry["partition"] if on_amx else None
-    if part and (tile := half_a_tile(entry["kernel"] or "", part, entry["layer"])):
-        found.append(tile)
-    if here and (slow := no_faster(entry["kernel"] or "", here, entry["layer"])):
-        found.append(slow)
-    if entry["falls_back_from"]:
-        reason = _reason(entry, entry["falls_back_from"])
-        what = f"falls back from {entry['falls_back_from']} to {entry['kernel']}: {reason}"
-        found.append(Problem("warning", what, "", name))
-    if entry.get("own_code") or (entry["kernel"] or "").startswith("Emulation"):
-        what = f"runs on {entry['kernel']}, which is none of vLLM's optimized kernels"
-        found.append(Problem("warning", what, "", name))
-    scheme = _scheme_of(entry, config)
-    if scheme is not None and (torn := torn_words(entry, scheme)):
-        found.append(torn)
-    if "A16" in (entry["scheme"] or "") and _quantizes_inputs(config):
-        what = f"runs as {entry['scheme']}: activations stay at 16 bits on this target"
-        found.append(Problem("warning", what, "", name))
-    if entry["class"] is None and answer["target"]["tensor_parallel"] > 1:
-        what = "vLLM's code does not say how it is split over ranks; asked as if it were not"
-        found.append(Problem("warning", what, "", name))
-    if entry["kernel"] == "CPUWNA16LinearKernel" and on_amx:
-        what = "this CPU has AMX: plain `vllm serve` would round activations to 8 bits"
-        cure = "serve with `maca-serve up`, or set VLLM_CPU_INT4_W4A8=0"
-        found.append(Problem("note", what, cure, name))
-    return found
-
-
-def _no_kernel(entry: Entry, answer: Entry) -> Problem:
-    offer = entry["with_packages"]
-    if offer:
-        needs = packages_in_words(offer["needs"])
-        severity = "warning" if _simulated(answer) else "error"
-        what = f"no kernel without {needs}; with it: {offer['kernel']}"
-        return Problem(severity, what, f"pip install {needs}", [entry["layer"]])
-    error = (entry["error"] or "vLLM chose no kernel").split(" Reasons: ")[0]
-    return Problem("error", error, _CHANGES, [entry["layer"]])
 
 
 def _unasked(answer: Entry) -> Problem:
@@ -170,23 +108,31 @@ def _stored_otherwise(layers: list[Entry], contents: Contents) -> list[Problem]:
     return problems
 
 
-def _experts(contents: Contents) -> list[Problem]:
-    experts = sorted(name for name in contents.quantized if ".experts." in name)
-    what = "experts run in vLLM's fused mixture-of-experts kernels, which were not asked"
-    return [Problem("warning", what, "", experts)] if experts else []
+def _experts(answer: Entry) -> list[Problem]:
+    what = "experts run in vLLM's fused mixture-of-experts kernels, which were not asked: "
+    unasked = answer.get("unasked_experts", [])
+    return [Problem("warning", what + x["reason"], "", x["modules"]) for x in unasked]
+
+
+def _attention(answer: Entry) -> list[Problem]:
+    """vLLM's CPU engine would find out at the first request."""
+    found = answer.get("attention")
+    if not found or not found["refused"]:
+        return []
+    backend = f"vLLM's {found['backend']}" if found["backend"] else "vLLM's attention"
+    sizes = ", ".join(map(str, found["sizes"]))
+    what = f"{backend} cannot run attention heads of {found['head_size']}: {found['refused']}"
+    cure = "serve it on another kind of device" + (f": {backend} has {sizes}" if sizes else "")
+    return [Problem("error", what, cure)]
 
 
 def _verdict(problems: list[Problem], layers: list[Entry], answer: Entry) -> str:
     if any(problem.severity == "error" for problem in problems):
         return FAILS
     quantized = [entry for entry in layers if entry["quantized"]]
-    if not quantized or _only_experts_unknown(problems):
+    if not quantized or answer.get("unasked_experts"):
         return UNKNOWN
     return LOADS if all(entry["kernel"] for entry in quantized) else CONDITIONAL
-
-
-def _only_experts_unknown(problems: list[Problem]) -> bool:
-    return any("mixture-of-experts" in problem.what for problem in problems)
 
 
 def _merge(problems: list[Problem]) -> list[Problem]:
@@ -206,10 +152,11 @@ def _group(layers: list[Entry]) -> list[Entry]:
     for entry in layers:
         name = _NUMBER.sub("*", entry["layer"])
         look = repr([name, *(entry[key] for key in _LOOK), entry["refusals"]])
-        parts = [_NUMBER.sub("*", part) for part in entry["parts"]]
+        parts = list(dict.fromkeys(_NUMBER.sub("*", part) for part in entry["parts"]))
         shown = {key: entry[key] for key in _LOOK}
         group = {"layer": name, "count": 0, "parts": parts, **shown}
         group |= {"refused": entry["refusals"], "with_packages": entry["with_packages"]}
+        group["backend"] = entry.get("backend")
         group["falls_back_from"] = entry["falls_back_from"]
         groups.setdefault(look, group)["count"] += 1
     return list(groups.values())
@@ -239,21 +186,6 @@ def _place(entry: Entry) -> int:
     if entry["kernel"]:
         return len(entry["refusals"])
     return 1000 if entry["with_packages"] else 10000
-
-
-def _reason(entry: Entry, kernel: str) -> str:
-    reasons = (r["reason"] for r in entry["refusals"] if r["kernel"] == kernel)
-    return next(reasons, "refused for this shape")
-
-
-def _scheme_of(entry: Entry, config: dict[str, Any]) -> Any:
-    find = scheme_finder(config["quantization_config"])
-    return find(entry["parts"][0]) if find else None
-
-
-def _quantizes_inputs(config: dict[str, Any]) -> bool:
-    groups = (config["quantization_config"].get("config_groups") or {}).values()
-    return any(group.get("input_activations") for group in groups)
 
 
 def _simulated(answer: Entry) -> bool:

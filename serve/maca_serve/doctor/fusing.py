@@ -8,7 +8,7 @@ it builds under a name (`RowParallelLinear(..., prefix=f"{prefix}.o_proj")`), so
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -74,11 +74,10 @@ def fuse(model: Any, sizes: dict[str, tuple[int, int]]) -> list[Layer]:
         for whole, parts in (getattr(model, "packed_modules_mapping", None) or {}).items()
         for part in parts
     }
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    rename = mapper.get_rename_mapper().map_name if mapper is not None else str
+    rename = renamer(model)
     layers: dict[str, dict[str, str]] = {}
     for module in sizes:
-        parent, _, last = (rename(module) or module).rpartition(".")
+        parent, _, last = rename(module).rpartition(".")
         whole, _ = fused.get(last, (last, ()))
         name = f"{parent}.{whole}" if parent else whole
         layers.setdefault(name, {})[last] = module
@@ -106,7 +105,7 @@ def linear_kinds(model: Any) -> dict[str, str]:
     The model's own module comes first, then those whose classes it borrows.
     """
     kinds: dict[str, str] = {}
-    for module in _modules(sys.modules[model.__module__]):
+    for module in modules_of(model):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             kind, name = _built(node)
             if kind in LINEARS and name:
@@ -114,8 +113,26 @@ def linear_kinds(model: Any) -> dict[str, str]:
     return kinds
 
 
-def _modules(module: ModuleType) -> Iterator[ModuleType]:
-    """The module, and vLLM's model modules that it takes classes from, each once."""
+def renamer(model: Any) -> Callable[[str], str]:
+    """A function from the checkpoint's name of a module to vLLM's.
+
+    Args:
+        model: vLLM's class for the model.
+    """
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return str
+    rename = mapper.get_rename_mapper().map_name
+    return lambda module: rename(module) or module
+
+
+def modules_of(model: Any) -> Iterator[ModuleType]:
+    """A model class's module, and vLLM's model modules that it takes classes from, each once.
+
+    Args:
+        model: vLLM's class for the model.
+    """
+    module = sys.modules[model.__module__]
     seen, queue = {module}, [module]
     while queue:
         current = queue.pop(0)

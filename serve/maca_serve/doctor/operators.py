@@ -40,13 +40,21 @@ def is_built(namespace: Any, name: str) -> bool:
 def _named_in(kernel: type) -> set[str]:
     from vllm import _custom_ops
 
-    source = inspect.getsource(kernel.apply_weights) if hasattr(kernel, "apply_weights") else ""
     names = set()
-    for name in re.findall(r"\bops\.(\w+)\(", source):
+    for name in _called_in(kernel):
         function = getattr(_custom_ops, name, None)
         if inspect.isfunction(function):
             names |= set(_TORCH_OP.findall(inspect.getsource(function)))
     return names
+
+
+def _called_in(kernel: type) -> list[str]:
+    """Names of functions that a kernel, or a class of experts, calls to run a layer."""
+    if hasattr(kernel, "apply_weights"):
+        return re.findall(r"\bops\.(\w+)\(", inspect.getsource(kernel.apply_weights))
+    # Experts import the functions themselves.
+    source = inspect.getsource(kernel.apply) if hasattr(kernel, "apply") else ""
+    return re.findall(r"(?<![\w.])(\w+)\(", source)
 
 
 def _has_scale_per_tensor(scheme: Any) -> bool:

@@ -1,14 +1,19 @@
 """The answer to one question about kernels; runs in the worker, where vLLM is imported."""
 
-import copy
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from maca_serve.doctor.building import as_rank_of, build, share
+from maca_serve.doctor.attention import ask_attention
+from maca_serve.doctor.building import Linear, Subject, as_rank_of
+from maca_serve.doctor.experts import Experts, FusedExperts, gather, is_expert
+from maca_serve.doctor.experts_trace import recording_experts
 from maca_serve.doctor.fusing import Layer, fuse, model_class
+from maca_serve.doctor.hf_config import read_config
 from maca_serve.doctor.operators import missing_ops
+from maca_serve.doctor.quant_config import capability_of, parse, refusal
 from maca_serve.doctor.simulation import (
     PACKAGES,
     Availability,
@@ -16,11 +21,10 @@ from maca_serve.doctor.simulation import (
     packages,
     simulate,
 )
-from maca_serve.doctor.trace import Recorder, kernels
+from maca_serve.doctor.trace import CANNOT_BE_ASKED, Recorder, kernels
+from maca_serve.errors import one_line
 
 Answer = dict[str, Any]
-# A layer that every kernel's tiles divide: what is refused here is refused for the scheme.
-ROOMY = 8192
 _NUMBER = re.compile(r"\b\d+\b")
 
 
@@ -31,7 +35,7 @@ def answer(question: dict[str, Any]) -> Answer:
     from vllm.platforms import current_platform
 
     compiled = bool(current_platform.is_cuda())
-    here = _capability(current_platform)
+    here = capability_of(current_platform)
     wanted = question["capability"]
     simulated = wanted is not None and wanted != here
     # All that vLLM imports or computes once is done on the platform that it was built for.
@@ -47,18 +51,13 @@ def answer(question: dict[str, Any]) -> Answer:
             assume_compiled(wanted)
     target = {
         "name": _target_name(current_platform),
-        "capability": _capability(current_platform),
+        "capability": capability_of(current_platform),
         "simulated": simulated,
         "compiled_code_assumed": simulated and not compiled,
         "tensor_parallel": question["tensor_parallel"],
     }
     found = {"refused": None} if chooser is None else chooser.answer(simulated)
     return {"vllm": vllm.__version__, "target": target, "unasked": unasked, **found}
-
-
-def one_line(error: Exception) -> str:
-    """An exception as vLLM's log would show it, in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class _Chooser:
@@ -73,15 +72,42 @@ class _Chooser:
         self.question = question
         self.model = model
         self.text = question["config"].get("text_config") or question["config"]
+        self.hf_config, self.unread = _read_config(question["config"])
+        self.quantized = set(question["quantized"])
         sizes = {name: (out, width) for name, (out, width) in question["sizes"].items()}
-        quantized = set(question["quantized"])
-        layers = [layer for layer in fuse(model, sizes) if not _is_expert(layer.name)]
+        linears = {name: size for name, size in sizes.items() if not is_expert(name)}
+        self.experts, self.unasked = self._gather_experts(sizes.keys() - linears, sizes)
+        layers = fuse(model, linears)
         # Modules that are neither stored quantized nor built as linear layers are embeddings,
         # convolutions and routers of their own kind.
-        self.layers = [x for x in layers if x.kind or quantized & set(x.parts)]
+        self.layers = [x for x in layers if x.kind or self.quantized & set(x.parts)]
         # Layers of one shape and one place in their block differ by their number only.
         by_look = {(_NUMBER.sub("*", x.name), x.outs, x.width): x for x in self.layers}
         self.examples = list(by_look.values())
+
+    def _gather_experts(
+        self, names: set[str], sizes: dict[str, tuple[int, int]]
+    ) -> tuple[list[list[Experts]], list[Answer]]:
+        """Layers of experts, together those of one look; and those that cannot be asked about."""
+        if not names:
+            return [], []
+        try:
+            if self.unread:
+                raise LookupError(f"vLLM cannot read the model's config: {self.unread}")
+            found = gather(self.model, {name: sizes[name] for name in sorted(names)})
+        except LookupError as error:
+            return [], self._unasked(names, error)
+        looks: dict[Any, list[Experts]] = {}
+        for x in found:
+            stored = sum(part in self.quantized for part in x.parts)
+            look = _NUMBER.sub("*", x.name), x.count, *sorted(x.sizes.items()), stored
+            looks.setdefault(look, []).append(x)
+        return list(looks.values()), []
+
+    def _unasked(self, modules: Iterable[str], error: Exception) -> list[Answer]:
+        """Experts that nobody was asked about; those at 16 bits need no kernel for few bits."""
+        names = sorted(self.quantized.intersection(modules))
+        return [{"reason": one_line(error), "modules": names}] if names else []
 
     def answer(self, simulated: bool) -> Answer:
         """Layers and variants on the platform as it is now."""
@@ -89,58 +115,84 @@ class _Chooser:
 
         self.simulated = simulated
         self.availability = Availability()
-        capability = _capability(current_platform)
+        capability = capability_of(current_platform)
         self.recorder = Recorder(self.availability, capability, forgiving=simulated)
         quantization = self.question["config"]["quantization_config"]
         dtype = self._dtype()
-        refused = _refusal(quantization, self.question["config"], dtype)
+        refused = refusal(quantization, self.question["config"], dtype)
         if refused:
             return {"refused": refused, "dtype": str(dtype).removeprefix("torch.")}
         with packages(self.availability), self.recorder.recording():
-            tensor_parallel = self.question["tensor_parallel"]
-            layers = self._ask_all(self.layers, quantization, tensor_parallel, dtype)
+            ranks = self.question["tensor_parallel"]
+            layers = self._ask_linears(self.layers, quantization, ranks, dtype)
+            of_experts, unasked = self._ask_experts(self.experts, quantization, ranks, dtype)
             variants = [self._variant(variant, dtype) for variant in self.question["variants"]]
         return {
             "refused": None,
             "dtype": str(dtype).removeprefix("torch."),
-            "layers": layers,
+            "attention": self._attention(dtype),
+            "layers": layers + of_experts,
+            "unasked_experts": self.unasked + unasked,
             "variants": variants,
         }
+
+    def _attention(self, dtype: torch.dtype) -> Answer | None:
+        """None where nobody was asked: on another card's behalf, or about other attention."""
+        plain = any(layer.kind == "QKVParallelLinear" for layer in self.layers)
+        if self.simulated or self.unread or not plain:
+            return None
+        return ask_attention(self.hf_config, dtype)
 
     def _variant(self, variant: dict[str, Any], dtype: torch.dtype) -> Answer:
         quantization = variant["quantization_config"]
         dtype = getattr(torch, variant["dtype"]) if variant["dtype"] else dtype
-        refused = _refusal(quantization, self.question["config"], dtype)
-        layers = []
-        if not refused:
-            tensor_parallel = variant["tensor_parallel"]
-            layers = self._ask_all(self.examples, quantization, tensor_parallel, dtype)
-        return {"change": variant["change"], "refused": refused, "layers": layers}
+        refused = refusal(quantization, self.question["config"], dtype)
+        if refused:
+            return {"change": variant["change"], "refused": refused, "layers": []}
+        ranks = variant["tensor_parallel"]
+        layers = self._ask_linears(self.examples, quantization, ranks, dtype)
+        examples = [group[:1] for group in self.experts]
+        of_experts, unasked = self._ask_experts(examples, quantization, ranks, dtype)
+        if unasked:
+            return {"change": variant["change"], "refused": unasked[0]["reason"], "layers": []}
+        return {"change": variant["change"], "refused": None, "layers": layers + of_experts}
 
-    def _ask_all(
-        self, layers: list[Layer], quantization: Any, tensor_parallel: int, dtype: torch.dtype
+    def _ask_linears(
+        self, layers: list[Layer], quantization: Any, ranks: int, dtype: torch.dtype
     ) -> list[Answer]:
-        self.ranks = tensor_parallel
-        with as_rank_of(self.engine, tensor_parallel, dtype):
-            return [self._ask(layer, quantization) for layer in layers]
+        with as_rank_of(self.engine, ranks, dtype, self.hf_config):
+            return [self._ask(Linear(layer, self.text, ranks), quantization) for layer in layers]
 
-    def _ask(self, layer: Layer, quantization: Any) -> Answer:
-        plain = self._build(layer, quantization, pretend=False)
-        pretended = self._build(layer, quantization, pretend=True)
+    def _ask_experts(
+        self, groups: list[list[Experts]], quantization: Any, ranks: int, dtype: torch.dtype
+    ) -> tuple[list[Answer], list[Answer]]:
+        """An answer for every layer, asked for one of each look; and what cannot be asked about."""
+        entries: list[Answer] = []
+        unasked: list[Answer] = []
+        if not groups:
+            return entries, unasked
+        with (
+            as_rank_of(self.engine, ranks, dtype, self.hf_config),
+            recording_experts(self.recorder, self.availability),
+        ):
+            for group in groups:
+                try:
+                    fused = FusedExperts(group[0], self.model, self.engine, ranks)
+                except Exception as error:  # of a block's code that is not known here
+                    unasked += self._unasked((part for x in group for part in x.parts), error)
+                    continue
+                entry = self._ask(fused, quantization)
+                entries += [entry | {"layer": x.name, "parts": list(x.parts)} for x in group]
+        return entries, unasked
+
+    def _ask(self, subject: Subject, quantization: Any) -> Answer:
+        plain, built = self._build(subject.build, quantization, pretend=False)
+        pretended, _ = self._build(subject.build, quantization, pretend=True)
         if plain["kernel"] is None and pretended["kernel"] is None:
             # The packages would not help: what is wrong besides is the better reason.
             plain["error"] = pretended["error"]
         plain["refusals"] = _better_reasons(plain["refusals"], pretended["refusals"])
-        if plain["partition"] is None:
-            plain["partition"] = share(layer, self.ranks)
-        entry: Answer = {
-            "layer": layer.name,
-            "class": layer.kind,
-            "parts": list(layer.parts),
-            "outs": list(layer.outs),
-            "shape": [sum(layer.outs), layer.width],
-            **plain,
-        }
+        entry = {**subject.describe(built), **plain}
         if pretended["kernel"] != plain["kernel"] and pretended["kernel"] is not None:
             entry["with_packages"] = {
                 "kernel": pretended["kernel"],
@@ -148,17 +200,19 @@ class _Chooser:
                 "install": [PACKAGES[name] for name in pretended["needs"]],
             }
         if plain["quantized"] and plain["refusals"]:
-            roomy = Layer(layer.name, "ReplicatedLinear", layer.parts, (ROOMY,), ROOMY)
-            entry["roomy_kernel"] = self._build(roomy, quantization, pretend=False)["kernel"]
+            roomy, _ = self._build(subject.build_roomy, quantization, pretend=False)
+            entry["roomy_kernel"] = roomy["kernel"]
         return entry
 
-    def _build(self, layer: Layer, quantization: Any, *, pretend: bool) -> Answer:
+    def _build(
+        self, build: Callable[[Any], Any], quantization: Any, *, pretend: bool
+    ) -> tuple[Answer, Any]:
+        """What vLLM answered while it built a layer, and the layer; None where it would not."""
         self.availability.pretend = pretend
         trace = self.recorder.start()
         built, error = None, None
         try:
-            config = self._quant_config(quantization)
-            built = build(layer, self.text, config)
+            built = build(parse(quantization, self.question["config"], self.model))
         except Exception as problem:  # whatever vLLM raises is why it would not load
             error = one_line(problem)
         method = getattr(built, "quant_method", None)
@@ -167,9 +221,8 @@ class _Chooser:
         kernel = _kernel_of(built) or trace.chosen
         if error is not None or not quantized:
             kernel = None
-        return {
+        found = {
             "quantized": quantized,
-            "partition": _partition(built),
             "scheme": type(scheme).__name__ if built is not None and quantized else None,
             "kernel": kernel.__name__ if kernel else None,
             "needs": trace.chosen_needs,
@@ -180,15 +233,7 @@ class _Chooser:
             "error": error,
             "missing_ops": [] if self.simulated or kernel is None else missing_ops(kernel, scheme),
         }
-
-    def _quant_config(self, quantization: dict[str, Any]) -> Any:
-        from vllm.model_executor.layers.quantization import get_quantization_config
-        from vllm.model_executor.model_loader.utils import configure_quant_config
-
-        method = quant_method(quantization, self.question["config"])
-        config = get_quantization_config(method).from_config(copy.deepcopy(quantization))
-        configure_quant_config(config, self.model)
-        return config
+        return found, built
 
     def _dtype(self) -> torch.dtype:
         """What vLLM would compute in: the model's dtype, or the platform's where that is none."""
@@ -203,7 +248,11 @@ class _Chooser:
 
 def _better_reasons(plain: list[Answer], pretended: list[Answer]) -> list[Answer]:
     """A missing package is no reason where the kernel refuses with the package, too."""
-    with_package = {refusal["kernel"]: refusal for refusal in pretended}
+    with_package = {
+        refusal["kernel"]: refusal
+        for refusal in pretended
+        if not refusal["reason"].startswith(CANNOT_BE_ASKED)
+    }
     return [
         with_package.get(refusal["kernel"], refusal) | {"needs": []}
         if refusal["needs"] and refusal["kernel"] in with_package
@@ -212,72 +261,26 @@ def _better_reasons(plain: list[Answer], pretended: list[Answer]) -> list[Answer
     ]
 
 
-def quant_method(quantization: dict[str, Any], config: dict[str, Any]) -> str:
-    """vLLM's name of the method, which may not be the one that the checkpoint says."""
-    from types import SimpleNamespace
-
-    from vllm.model_executor.layers.quantization import (
-        QUANTIZATION_METHODS,
-        get_quantization_config,
-    )
-
-    hf_config = SimpleNamespace(**config)
-    for name in ("auto_gptq", "auto_awq", "inc", "modelopt", "modelopt_fp4", "modelopt_mixed"):
-        override = get_quantization_config(name).override_quantization_method(
-            quantization, None, hf_config=hf_config
-        )
-        if override is not None:
-            return str(override)
-    method = str(quantization.get("quant_method"))
-    if method not in QUANTIZATION_METHODS:
-        raise ValueError(f"vLLM knows no quantization method {method!r}")
-    return method
-
-
-def _refusal(quantization: Any, config: dict[str, Any], dtype: torch.dtype) -> str | None:
-    """Why vLLM would refuse the config before it builds any layer, None when it would not."""
-    from vllm.model_executor.layers.quantization import get_quantization_config
-    from vllm.platforms import current_platform
-
+def _read_config(config: dict[str, Any]) -> tuple[Any, str | None]:
+    """vLLM's config object, or why there is none."""
     try:
-        method = quant_method(quantization, config)
-        current_platform.verify_quantization(method)
-        parsed = get_quantization_config(method).from_config(copy.deepcopy(quantization))
-    except Exception as error:  # whatever it raises is the reason
-        return one_line(error)
-    capability = _capability(current_platform)
-    if capability is not None and capability < parsed.get_min_capability():
-        least = parsed.get_min_capability() / 10
-        return f"{method} needs compute capability {least}, the card has {capability / 10}"
-    if dtype not in parsed.get_supported_act_dtypes():
-        return f"{method} does not compute in {dtype}"
-    return None
+        return read_config(config), None
+    except Exception as error:  # whatever vLLM raises is the reason
+        return None, one_line(error)
 
 
 def _kernel_of(layer: Any) -> type | None:
-    """The kernel that a built layer holds, wherever its scheme keeps it."""
+    """The kernel or experts class that a built layer holds, wherever its scheme keeps it."""
     known = set(kernels())
-    for holder in (getattr(layer, "scheme", None), getattr(layer, "quant_method", None)):
+    method = getattr(layer, "quant_method", None)
+    experts: type | None = getattr(method, "experts_cls", None)
+    if experts is not None:
+        return experts
+    for holder in (getattr(layer, "scheme", None), method):
         for value in vars(holder).values() if holder is not None else ():
             if type(value) in known:
                 return type(value)
     return None
-
-
-def _partition(layer: Any) -> list[int] | None:
-    """[output features, input features] on one rank."""
-    out = getattr(layer, "output_size_per_partition", None)
-    width = getattr(layer, "input_size_per_partition", None)
-    return [out, width] if out is not None and width is not None else None
-
-
-def _is_expert(name: str) -> bool:
-    return ".experts." in name
-
-
-def _capability(platform: Any) -> int | None:
-    capability = platform.get_device_capability()
-    return None if capability is None else int(capability.to_int())
 
 
 def _target_name(platform: Any) -> str:

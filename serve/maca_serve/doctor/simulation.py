@@ -6,8 +6,9 @@ of them, also those that are imported already: importing vLLM's CUDA side withou
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -111,8 +112,9 @@ def assume_compiled(capability: int) -> None:
     cutlass.CUTLASS_BLOCK_FP8_SUPPORTED = answers["cutlass_scaled_mm_supports_block_fp8"](0)
 
 
-def _always(value: bool) -> Callable[[int], bool]:
-    return lambda capability: value
+def _always(value: bool) -> Callable[..., bool]:
+    # Asked of the operator with a capability, of vLLM's function around it without.
+    return lambda *capability: value
 
 
 @contextmanager
@@ -120,7 +122,7 @@ def packages(availability: Availability) -> Iterator[None]:
     """Let `availability` answer for vLLM's kernels inside the block."""
     from vllm.utils import flashinfer, import_utils
 
-    has_module, find_spec = import_utils._has_module, import_utils.importlib.util.find_spec
+    has_module = import_utils._has_module
 
     def has(name: str) -> bool:
         return availability.answer(name, has_module(name))
@@ -132,24 +134,57 @@ def packages(availability: Availability) -> Iterator[None]:
     def has_flashinfer() -> bool:
         return availability.answer("flashinfer", flashinfer.has_flashinfer.__wrapped__())
 
-    holders = [module for name, module in sys.modules.items() if name.startswith("vllm.")]
-    with patch.object(import_utils, "_has_module", has):
-        patches = _patches(holders, {"find_spec": find, "has_flashinfer": has_flashinfer})
-        for one in patches:
-            one.start()
-        try:
-            yield
-        finally:
-            for one in patches:
-                one.stop()
+    names: dict[str, Callable[..., Any]] = {"find_spec": find, "has_flashinfer": has_flashinfer}
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(import_utils, "_has_module", has))
+        for one in _patches(("vllm.model_executor.kernels.linear",), names):
+            stack.enter_context(one)
+        yield
 
 
-def _patches(holders: list[ModuleType], names: dict[str, Callable[..., Any]]) -> list[Any]:
-    """Patches of functions that vLLM's kernel modules imported by name."""
+@contextmanager
+def packages_of_experts(availability: Availability) -> Iterator[None]:
+    """Let `availability` answer for vLLM's classes of experts, too, inside a block of `packages`.
+
+    They look for single functions in FlashInfer, which is pretended whole, they ask humming for
+    names, and DeepGEMM's answer is kept by vLLM from the first time on.
+    """
+    from vllm.utils import deep_gemm, flashinfer
+
+    asked = deep_gemm.is_deep_gemm_supported.__wrapped__
+    names: dict[str, Callable[..., Any]] = {"is_deep_gemm_supported": asked}
+    if not flashinfer.has_flashinfer():
+        questions = (name for name in vars(flashinfer) if name.startswith("has_flashinfer"))
+        names |= dict.fromkeys(questions, lambda: availability.answer("flashinfer", False))
+    parts = ("vllm.utils.", "vllm.model_executor.layers.fused_moe")
+    with ExitStack() as stack:
+        if find_spec("humming") is None:
+            stack.enter_context(patch.dict(sys.modules, {"vllm.utils.humming": _Humming}))
+        for one in _patches(parts, names):
+            stack.enter_context(one)
+        yield
+
+
+class _Names(type):
+    """Of a class that has everything, under its own name."""
+
+    def __getattr__(cls, name: str) -> Any:
+        return SimpleNamespace(value=name)
+
+
+class _GemmType(metaclass=_Names):
+    pass
+
+
+_Humming: Any = SimpleNamespace(GemmType=_GemmType)
+
+
+def _patches(parts: tuple[str, ...], names: dict[str, Callable[..., Any]]) -> list[Any]:
+    """Patches of functions that vLLM's modules below `parts` hold by name."""
+    holders = [module for name, module in sys.modules.items() if name.startswith(parts)]
     return [
         patch.object(module, name, function)
         for module in holders
-        if module.__name__.startswith("vllm.model_executor.kernels.linear")
         for name, function in names.items()
         if name in vars(module)
     ]

@@ -8,6 +8,10 @@ from typing import Any
 from maca_serve.doctor.simulation import Availability
 
 QUESTIONS = ("get_min_capability", "is_supported", "can_implement")
+# The last question: vLLM takes the first kernel, or experts class, that says yes to it.
+DECIDING = ("can_implement", "is_supported_config")
+
+CANNOT_BE_ASKED = "cannot be asked here"
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Recorder:
             forgiving: take a kernel that fails over a question for one that refuses, and say so;
                 for a simulated card, whose compiled code is not here to be called.
         """
-        self._forgiving = forgiving
+        self.forgiving = forgiving
         self._availability = availability
         self._capability = capability
         self._depth = 0
@@ -54,7 +58,7 @@ class Recorder:
         # All are read before any is changed: some kernels inherit from others.
         originals = [getattr(kernel, name) for kernel, name in asked]
         for (kernel, name), original in zip(asked, originals, strict=True):
-            setattr(kernel, name, self._wrap(kernel, name, original))
+            setattr(kernel, name, self.wrap(kernel, name, original))
         try:
             yield
         finally:
@@ -70,7 +74,15 @@ class Recorder:
         self._needs = {}
         return self.trace
 
-    def _wrap(self, kernel: type, name: str, original: Any) -> Any:
+    def wrap(self, kernel: type, name: str, original: Any) -> Any:
+        """A question to a kernel, as a static method that notes the answer.
+
+        Args:
+            kernel: the class that is asked.
+            name: of the question.
+            original: the class's own.
+        """
+
         def ask(*arguments: Any, **keywords: Any) -> Any:
             outermost = self._depth == 0
             if outermost:
@@ -79,9 +91,11 @@ class Recorder:
             try:
                 answer = original(*arguments, **keywords)
             except Exception as error:
-                if not (self._forgiving and outermost and name != "get_min_capability"):
+                # Nor is a package that is pretended to be there here to be called.
+                forgiving = self.forgiving or self._availability.pretend
+                if not (forgiving and outermost and name != "get_min_capability"):
                     raise
-                answer = False, f"cannot be asked here: {type(error).__name__}: {error}"
+                answer = False, f"{CANNOT_BE_ASKED}: {type(error).__name__}: {error}"
             finally:
                 self._depth -= 1
             if outermost:
@@ -97,20 +111,27 @@ class Recorder:
         needs = sorted(missing)
         if question == "get_min_capability":
             if self._capability is not None and answer > self._capability:
-                self._refuse(kernel, f"needs compute capability {answer / 10}", [])
+                self.refuse(kernel.__name__, f"needs compute capability {answer / 10}", [])
             return
         accepted, reason = answer
         if not accepted:
-            self._refuse(kernel, str(reason), needs)
-        elif question == "can_implement" and self.trace.chosen is None:
+            self.refuse(kernel.__name__, str(reason), needs)
+        elif question in DECIDING and self.trace.chosen is None:
             self.trace.chosen = kernel
             self.trace.chosen_needs = needs
 
-    def _refuse(self, kernel: type, reason: str, needs: list[str]) -> None:
+    def refuse(self, kernel: str, reason: str, needs: list[str]) -> None:
+        """Note that a kernel is refused, unless one was chosen before it.
+
+        Args:
+            kernel: its class name.
+            reason: as vLLM says it.
+            needs: missing packages that it asked for.
+        """
         # vLLM asks for the capability twice, once to compare and once for its message.
-        seen = any(name == kernel.__name__ for name, _, _ in self.trace.refused)
+        seen = any(name == kernel for name, _, _ in self.trace.refused)
         if self.trace.chosen is None and not seen:
-            self.trace.refused.append((kernel.__name__, " ".join(reason.split()), needs))
+            self.trace.refused.append((kernel, " ".join(reason.split()), needs))
 
 
 def kernels() -> list[type]:

@@ -5,6 +5,9 @@ from maca_serve.doctor.checks import Problem
 # Kernel: (compute capability from which its compiled code refuses, what is known about it).
 # Python accepts int8 on Blackwell, C++ answers "Int8 not supported on SM120" at the first token.
 REFUSES_FROM = {"CutlassInt8ScaledMMLinearKernel": (100, "vLLM issue 54311")}
+# Experts of 4-bit weights whose compiled code computes in 8 bits (vLLM 0.32, `INT4_W4A8` in
+# cpu_moe.py), whatever VLLM_CPU_INT4_W4A8 says.
+ROUNDS_INPUTS = ("CPUExpertsInt4",)
 # What makes one scale of several, also of one, when FP8 weights with a scale per tensor are loaded.
 REQUANTIZES = "static_scaled_fp8_quant"
 
@@ -44,3 +47,35 @@ def half_a_tile(kernel: str, partition: list[int], layer: str) -> Problem | None
         return None
     what = f"vLLM gives {kernel} an output width of {out}, and its AMX code packs tiles of 32"
     return Problem("error", what, "leave these layers out of the recipe (`ignore`)", [layer])
+
+
+def torn_tiles(kernel: str, partition: list[int], layer: str) -> Problem | None:
+    """The problem with experts whose widths do not fill the tiles of vLLM's 4-bit AMX code.
+
+    vLLM 0.32 asks for nothing. Held to their dequantized weights, in groups of up to 128, its
+    experts were right where 32 divides both sizes; else it dies as it packs them (hidden size), or
+    answers with whatever memory holds (intermediate size).
+
+    Args:
+        kernel: the experts class's name.
+        partition: [hidden size, intermediate size] on one rank, of the down projections.
+        layer: where it would run.
+    """
+    torn = [width for width in partition if width % 32]
+    if kernel != "CPUExpertsInt4" or not torn:
+        return None
+    what = f"{kernel} works in tiles of 32, which do not divide {torn[0]}: its answers are nonsense"
+    return Problem("error", what, "leave the experts out of the recipe (`ignore`)", [layer])
+
+
+def rounds_inputs(kernel: str, layer: str) -> Problem | None:
+    """A warning about experts whose activations are rounded though the scheme says 16 bits.
+
+    Args:
+        kernel: the experts class's name.
+        layer: where it would run.
+    """
+    if kernel not in ROUNDS_INPUTS:
+        return None
+    what = f"{kernel} rounds the experts' activations to 8 bits, and nothing turns that off"
+    return Problem("warning", what, "", [layer])

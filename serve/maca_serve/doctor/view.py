@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from maca_serve.doctor.findings import CONDITIONAL, FAILS, LOADS, packages_in_words
+from maca_serve.doctor.findings import CONDITIONAL, FAILS, LOADS
+from maca_serve.doctor.layer_problems import packages_in_words
 
 _SAYS = {
     LOADS: "vLLM would load it.",
@@ -83,6 +84,8 @@ def _target(diagnosis: dict[str, Any]) -> str:
 def _size(layer: dict[str, Any]) -> str:
     whole, part = layer["shape"], layer["partition"]
     text = f"{whole[0]} x {whole[1]}"
+    if layer["experts"]:
+        text = f"{layer['experts']} experts of {text}"
     return text if part in (None, whole) else f"{text} -> {part[0]} x {part[1]}"
 
 

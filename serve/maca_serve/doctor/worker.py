@@ -12,8 +12,9 @@ prints goes to stderr. The question:
 
 Variants are tried on one layer of each look. The answer has `vllm`, `target`, `unasked`
 (why the model's layers are not known, or null), `refused` (why vLLM would not even start, or null),
-`layers`, one entry for each of vLLM's layers, and `variants`, with
-the layers of each.
+`layers`, one entry for each of vLLM's layers, `unasked_experts` ([{"reason", "modules"}]),
+`attention` (see `maca_serve.doctor.attention`, null where not asked), and `variants`, with the
+layers of each.
 """
 
 import json

@@ -6,7 +6,7 @@ from typing import Any
 from safetensors import safe_open
 
 from maca_serve.doctor.headers import Tensor
-from maca_serve.enginelog import find_kernels, find_weights_memory
+from maca_serve.enginelog import find_experts, find_kernels, find_weights_memory, name_experts
 
 PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
 GIB = 1024**3
@@ -61,9 +61,8 @@ def check_kernel(lines: list[str], layers: list[dict[str, Any]] | None) -> Check
         return not_checked(name, "not quantized, so vLLM chooses no low-bit kernel")
     quantized = [layer for layer in layers if layer["quantized"]]
     # Code that is a method's own has the method's name, and vLLM does not log it.
-    named = {layer["kernel"] for layer in quantized if layer["kernel"] != layer["scheme"]}
-    predicted = sorted(str(kernel) for kernel in named)
-    running = sorted(find_kernels(lines))
+    predicted = sorted({_named(layer) for layer in quantized if layer["kernel"] != layer["scheme"]})
+    running = sorted(find_kernels(lines) + find_experts(lines))
     if not predicted:
         return not_checked(name, "the doctor predicts none of the kernels that vLLM's log names")
     return held(
@@ -74,6 +73,11 @@ def check_kernel(lines: list[str], layers: list[dict[str, Any]] | None) -> Check
         running=running,
         predicted=predicted,
     )
+
+
+def _named(layer: dict[str, Any]) -> str:
+    """A layer's kernel as vLLM's log names it."""
+    return name_experts(layer["backend"]) if layer["backend"] else str(layer["kernel"])
 
 
 def check_scales(tensors: dict[str, Tensor]) -> Check:
