@@ -83,7 +83,7 @@ def describe_speed(speed: dict[str, Any]) -> str:
 def _verdict(entry: Entry, found: dict[str, Any]) -> str:
     if found["lost"]:
         return LOST
-    if any(_low(entry, length) < KEPT for length in entry["perplexity"]):
+    if _undecided(entry):
         return UNDECIDED
     faster = [load for load, speed in found["speed"].items() if speed["verdict"] == FASTER]
     slower = any(speed["verdict"] == SLOWER for speed in found["speed"].values())
@@ -105,8 +105,16 @@ def _speed(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _low(entry: Entry, length: str) -> float:
-    return float(entry["recovery"]["intervals"]["perplexity"][length][0])
+def _undecided(entry: Entry) -> list[str]:
+    """Lengths at which the interval of perplexity's recovery reaches below KEPT."""
+    intervals = entry["recovery"]["intervals"]["perplexity"]
+    return [length for length in entry["perplexity"] if intervals[length][0] < KEPT]
+
+
+def _where(lengths: list[str]) -> str:
+    *rest, last = lengths
+    which = f"{', '.join(rest)} and {last}" if rest else last
+    return f"at {which} tokens its interval reaches below {KEPT:g} %"
 
 
 def _lost(entry: Entry) -> list[str]:
@@ -137,12 +145,14 @@ def _sentence(entry: Entry, found: dict[str, Any]) -> str:
     worst = found["worst_length"]
     lost = f" Below {KEPT:g} %: {', '.join(found['lost'])}." if found["lost"] else ""
     watch = f" Watch: {', '.join(found['watch'])}." if found["watch"] else ""
+    open_at = [] if found["lost"] else _undecided(entry)
+    undecided = f" Undecided: {_where(open_at)}; more --windows narrow it." if open_at else ""
     return (
         f"{entry['name']} ({entry['scheme'].split(',')[0]}) recovers"
         f" {_percent(kept['mean'], intervals['mean'])} of the base's perplexity on average over"
         f" lengths, {_percent(kept[worst], intervals[worst])} at its worst length, {worst} tokens;"
         f" it takes {found['size_percent']:.0f} % of the base's space and is"
-        f" {describe_speed(found['speed'])}.{lost}{watch}"
+        f" {describe_speed(found['speed'])}.{lost}{undecided}{watch}"
     )
 
 
