@@ -164,6 +164,14 @@ def test_unquantized_folder_among_the_quantized(fake_vllm, base, make_checkpoint
     assert not settings["output"].exists()
 
 
+def test_a_base_of_another_model(fake_vllm, make_checkpoint, quantized, settings):
+    fake_vllm("does not start")
+    other = make_checkpoint("other", quantized=False, hidden_size=128)
+    with pytest.raises(UserError, match=r"BASE: .*other has hidden_size 128 and .*w4 64; give"):
+        compare(other, [quantized], **settings)
+    assert not settings["output"].exists()
+
+
 def test_other_tokenizer(fake_vllm, base, quantized, settings):
     file = quantized / "tokenizer.json"
     file.write_text(file.read_text().replace('"w1":', '"v1":'))
