@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from maca_serve.breakeven import FASTER, MARGIN, SAME, SLOWER
+from maca_serve.breakeven import FASTER, MARGIN, SAME, SLOWER, describe_loads
 
 # Percent of the base that must be left, at every length.
 KEPT = 95.0
@@ -47,7 +47,7 @@ def judge(base: Entry, entry: Entry) -> dict[str, Any]:
     found = {
         "worst_length": worst,
         "size_percent": 100.0 * entry["size_bytes"] / base["size_bytes"],
-        "speed": _speed(entry),
+        "speed": describe_loads(entry["break_even"]["ratios"]),
         "lost": _lost(entry),
         "watch": _watch(entry),
     }
@@ -61,10 +61,14 @@ def rules() -> dict[str, Any]:
 
 
 def headline(results: dict[str, Any]) -> str:
-    """What was compared with what, and where."""
+    """What was compared with what, where, by which vLLM and when."""
     base, machine = results["checkpoints"][0], results["machine"]
     where = " and ".join(machine["gpus"]) or f"{machine['cpu']} ({machine['cores']} cores)"
-    return f"Against {base['name']} ({base['scheme']}) on {where}"
+    created = f", {results['created'][:10]}" if "created" in results else ""
+    return (
+        f"Against {base['name']} ({base['scheme']}) on {where},"
+        f" vLLM {results['versions']['vllm']}{created}"
+    )
 
 
 def describe_speed(speed: dict[str, Any]) -> str:
@@ -93,16 +97,6 @@ def _verdict(entry: Entry, found: dict[str, Any]) -> str:
     if not slower:
         return USE
     return USE_AT.format(" or ".join(faster)) if faster else MEMORY
-
-
-def _speed(entry: Entry) -> dict[str, Any]:
-    """By load in words; prompts are named where there are several lengths."""
-    ratios = entry["break_even"]["ratios"]
-    return {
-        f"{level} in flight" + (f" at prompts of {length}" if len(ratios) > 1 else ""): found
-        for length, by_level in ratios.items()
-        for level, found in by_level.items()
-    }
 
 
 def _undecided(entry: Entry) -> list[str]:

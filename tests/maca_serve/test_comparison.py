@@ -1,5 +1,6 @@
 import json
 import math
+from datetime import UTC, datetime
 
 import pytest
 from maca_serve import UserError, accuracy, compare, fit, throughput
@@ -19,6 +20,7 @@ def test_both_files_and_their_numbers(fake_vllm, base, quantized, settings):
         "report.html",
         "results.json",
     ]
+    assert datetime.fromisoformat(results["created"]).tzinfo is UTC
     first, second = results["checkpoints"]
     assert [first["name"], second["name"]] == ["base", "w4"]
     assert second["scheme"] == "W4A16 int, group 64, symmetric"

@@ -122,11 +122,13 @@ def test_several_prompt_lengths_are_told_apart():
 def test_where_it_ran():
     results = {
         "machine": {"cpu": "Some CPU", "cores": 2, "gpus": []},
+        "versions": {"vllm": "0.32.0"},
         "checkpoints": [{"name": "base", "scheme": "BF16"}],
     }
-    assert headline(results) == "Against base (BF16) on Some CPU (2 cores)"
+    assert headline(results) == "Against base (BF16) on Some CPU (2 cores), vLLM 0.32.0"
     results["machine"]["gpus"] = ["NVIDIA H100"]
-    assert headline(results) == "Against base (BF16) on NVIDIA H100"
+    results["created"] = "2026-11-22T10:20:30+00:00"
+    assert headline(results) == "Against base (BF16) on NVIDIA H100, vLLM 0.32.0, 2026-11-22"
 
 
 def test_thresholds_are_in_the_rules():
