@@ -55,6 +55,19 @@ def ratio(base: Entry, run: Entry) -> Entry:
     return {"ratio": middle, "rounds": rounds, "verdict": verdict}
 
 
+def describe_loads(ratios: Entry) -> Entry:
+    """Ratios by load in words; prompts are named where there are several lengths.
+
+    Args:
+        ratios: by prompt length and requests in flight.
+    """
+    return {
+        f"{level} in flight" + (f" at prompts of {length}" if len(ratios) > 1 else ""): found
+        for length, by_level in ratios.items()
+        for level, found in by_level.items()
+    }
+
+
 def reach(ratios: dict[str, Entry]) -> Entry:
     """Where along batch sizes or prompt lengths a model is faster; nothing is interpolated.
 

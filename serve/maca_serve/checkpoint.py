@@ -1,6 +1,7 @@
 """What a checkpoint folder says about itself, without loading weights."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,8 @@ from maca_serve.errors import UserError
 from maca_serve.scheme import describe_scheme
 
 WEIGHTS = ("*.safetensors", "*.bin")
+# Of the language model's config: what quantizing leaves as it was.
+KEPT_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,50 @@ def require_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
+def require_same_model(base: Checkpoint, checkpoint: Checkpoint, option: str) -> None:
+    """Refuse a base that the checkpoint cannot have been quantized from.
+
+    Args:
+        base: the unquantized model.
+        checkpoint: the quantized one.
+        option: what the user gave the base as.
+
+    Raises:
+        UserError: both configs name one of KEPT_KEYS, and differ in it.
+    """
+    for key in KEPT_KEYS:
+        found, wanted = (each.text_config.get(key) for each in (base, checkpoint))
+        if None not in (found, wanted) and found != wanted:
+            raise UserError(
+                f"{option}: {base.path} has {key} {found} and {checkpoint.path} {wanted};"
+                " give the model that was quantized"
+            )
+
+
+def tell_apart(paths: Sequence[Path], names: Sequence[str] | None = None) -> list[str]:
+    """What results call several folders.
+
+    Args:
+        paths: the folders; they need not be there.
+        names: one per folder; the folders' names when None.
+
+    Raises:
+        UserError: names that do not match the folders, or two alike.
+    """
+    if names is not None and len(names) != len(paths):
+        raise UserError(f"--names: {len(names)} names for {len(paths)} checkpoint folders")
+    chosen = [path.resolve().name for path in paths] if names is None else list(names)
+    seen: dict[str, Path] = {}
+    for name, path in zip(chosen, paths, strict=True):
+        if name in seen:
+            raise UserError(
+                f"{seen[name]} and {path} are both named {name!r};"
+                " tell them apart with --names a,b,..."
+            )
+        seen[name] = path
+    return chosen
+
+
 def open_all(paths: list[Path], names: list[str] | None = None) -> list[Checkpoint]:
     """Open several folders under names that tell them apart.
 
@@ -111,19 +158,7 @@ def open_all(paths: list[Path], names: list[str] | None = None) -> list[Checkpoi
     """
     if not paths:
         raise UserError("give at least one checkpoint folder")
-    if names is not None and len(names) != len(paths):
-        raise UserError(f"--names: {len(names)} names for {len(paths)} checkpoint folders")
-    given: list[str | None] = list(names) if names is not None else [None] * len(paths)
-    checkpoints = [open_checkpoint(p, n) for p, n in zip(paths, given, strict=True)]
-    seen: dict[str, Path] = {}
-    for checkpoint in checkpoints:
-        if checkpoint.name in seen:
-            raise UserError(
-                f"{seen[checkpoint.name]} and {checkpoint.path} are both named"
-                f" {checkpoint.name!r}; tell them apart with --names a,b,..."
-            )
-        seen[checkpoint.name] = checkpoint.path
-    return checkpoints
+    return [open_checkpoint(*each) for each in zip(paths, tell_apart(paths, names), strict=True)]
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

@@ -191,6 +191,9 @@ def compare(
     ),
 ) -> None:
     """Accuracy and throughput of quantized checkpoints beside their base, with a report."""
+    from maca_serve.checkpoint import tell_apart
+
+    tell_apart([base, *folders], split(names))  # before what takes seconds to import
     from maca_serve import comparison
 
     results = comparison.compare(

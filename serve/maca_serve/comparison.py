@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maca_serve.accuracy_plan import plan_accuracy
-from maca_serve.checkpoint import Checkpoint, open_all, require_quantized
+from maca_serve.checkpoint import Checkpoint, open_all, require_quantized, require_same_model
 from maca_serve.machine import require_vllm
 from maca_serve.measure import measure, speed_settings
 from maca_serve.ranks import Ranks
@@ -85,6 +85,7 @@ def compare(
     checkpoints = open_all(folders, list(names) if names is not None else None)
     for checkpoint in checkpoints[1:]:
         require_quantized(checkpoint)
+        require_same_model(checkpoints[0], checkpoint, "BASE")
     check_output(output, folder=True)
     with lock_folder(Path(output)):
         return _compare(checkpoints, accuracy, speed, Ranks(tensor_parallel), output)

@@ -1,5 +1,6 @@
 """One running `vllm serve`: start, wait until it answers, stop without orphans."""
 
+import errno
 import os
 import signal
 import socket
@@ -272,7 +273,8 @@ def claim_port(host: str, port: int | None) -> int:
             probe.bind(address)
             return int(probe.getsockname()[1])
     except OSError as error:
+        no_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        where, option = (host, "--host") if no_host else (f"{host} port {port}", "--port")
         raise UserError(
-            f"cannot listen on {host} port {port}: {error.strerror or error};"
-            " choose another with --port"
+            f"cannot listen on {where}: {error.strerror or error}; choose another with {option}"
         ) from error

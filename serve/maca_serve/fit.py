@@ -189,6 +189,11 @@ def _cache_gib(checkpoint: Checkpoint, max_model_len: int, ranks: Ranks) -> int:
 def _binding(ranks: int, threads: int | None) -> str:
     """Cores as vLLM wants them: `0,1|2,3` for two ranks."""
     cpus = physical_cpus()
+    if ranks > len(cpus):
+        raise UserError(
+            f"--tp: {ranks} ranks want a core each; this process may use {len(cpus)}:"
+            f" use --tp {len(cpus)} at most"
+        )
     if threads is None:
         few = len(cpus) <= BIND_ALL_UP_TO * ranks
         if ranks == 1 and not few:
@@ -197,8 +202,12 @@ def _binding(ranks: int, threads: int | None) -> str:
         threads = len(cpus) if few else len(cpus) - ranks
     if not ranks <= threads <= len(cpus):
         raise UserError(
-            f"--threads: {threads} for {ranks} ranks; this process may use {len(cpus)} cores,"
-            " and every rank needs one"
+            f"--threads: {threads} is not possible: give {_range(ranks, len(cpus))}"
+            " (cores of this process; every rank needs one)"
         )
     each = threads // ranks
     return "|".join(",".join(map(str, cpus[i * each : (i + 1) * each])) for i in range(ranks))
+
+
+def _range(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least} to {most}"

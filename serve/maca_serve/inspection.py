@@ -59,7 +59,7 @@ def run_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         "calibration tokens": _thousands(calibration.get("tokens")),
         "sequences by length": ", ".join(f"{count} x {size}" for size, count in lengths.items()),
         "seed": record.get("seed"),
-        "wall time": ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()),
+        "wall time": ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()),
         "peak memory": _gigabytes(record.get("peak_rss_bytes")),
         "peak device memory": _gigabytes(record.get("peak_device_bytes")),
     }

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,14 @@ def measure(
         ranks: of each engine, for settings that are fit here.
 
     Returns:
-        {"machine", "versions", "settings", "schedule", "checkpoints"}.
+        {"created": when it began, "machine", "versions", "settings", "schedule", "checkpoints"}.
 
     Raises:
         UserError: requests that do not fit a model's context, ranks that do not divide a model, or
             a failing engine.
     """
     version = require_vllm()
+    created = datetime.now(UTC).isoformat(timespec="seconds")
     for checkpoint in checkpoints:
         require_sound(checkpoint.path, checkpoint.config)
         _require_fits(checkpoint, speed)
@@ -181,6 +183,7 @@ def measure(
     if timing:
         _add_speed(entries, checkpoints, timing, machine["copy_bandwidth"]["bytes_per_s"])
     return {
+        "created": created,
         "machine": machine,
         "versions": versions(),
         "settings": {

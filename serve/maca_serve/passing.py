@@ -35,5 +35,7 @@ def check_flags(flags: Sequence[str]) -> list[str]:
         for own, instead in _OWN.items():
             # vLLM takes abbreviations: --por is its --port.
             if name == own or (len(name) > 2 and name.startswith("--") and own.startswith(name)):
-                raise UserError(f"{flag}: maca-serve sets {own} of vLLM itself; use {instead}")
+                cure = "put it" if instead == own else f"use {instead}"
+                where = " before the `--`" if instead.startswith("--") else ""
+                raise UserError(f"{flag}: maca-serve sets {own} of vLLM itself; {cure}{where}")
     return list(flags)

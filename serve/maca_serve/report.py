@@ -17,7 +17,7 @@ from maca_serve.plots import (
 )
 from maca_serve.recovery import headline
 from maca_serve.speed_plots import speed_figures
-from maca_serve.speed_view import speed_grids
+from maca_serve.speed_view import alike, speed_grids
 from maca_serve.summary import headline as first_line
 
 
@@ -49,6 +49,8 @@ def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str
         plots={name: Markup(svg) for name, svg in _plots(results).items()},
         probe_plots=[Markup(probe_plot(entries, name)) for name in entries[0]["probes"]],
         speed_figures=[(Markup(svg), caption) for svg, caption in speed_figures(entries)],
+        alike=list(alike(entries)),
+        eager=_eager(results),
         speed_grids=list(speed_grids(results)),
         inspections=[_inspect(checkpoint) for checkpoint in checkpoints],
         losses=_markup(losses_plot(checkpoints)),
@@ -85,6 +87,11 @@ def _plots(results: dict[str, Any]) -> dict[str, str]:
     if entries[0]["tasks"]:
         plots["tasks"] = tasks_plot(entries)
     return plots
+
+
+def _eager(results: dict[str, Any]) -> bool:
+    engines = results["settings"]["engine"].values()
+    return any("--enforce-eager" in engine["arguments"] for engine in engines)
 
 
 def _inspect(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def up(
     checkpoint = open_checkpoint(Path(path))
     require_sound(checkpoint.path, checkpoint.config)
     claim_port(host, port)
+    check_ranks(checkpoint, ranks)
     chosen = fit(checkpoint, version, max_model_len=max_model_len, ranks=ranks, threads=threads)
     chosen.arguments.extend(flags)
-    check_ranks(checkpoint, ranks)
     return Engine(checkpoint, chosen, host=host, port=port, api_key=_key(api_key))
 
 

@@ -1,9 +1,10 @@
 """Speed in rows of text, for the terminal and the report alike."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from maca_serve.breakeven import in_words
+from maca_serve.breakeven import describe_loads, in_words
 
 Entry = dict[str, Any]
 GIB = 1024**3
@@ -25,6 +26,26 @@ def speed_grids(results: Entry) -> Iterator[Grid]:
     if len(entries) > 1:
         yield break_even_grid(entries)
     yield memory_grid(entries)
+
+
+def alike(entries: list[Entry]) -> Iterator[str]:
+    """A sentence for every group of checkpoints for which the engine does the same work.
+
+    Args:
+        entries: checkpoints of results, the base first; it is in no group.
+    """
+    groups = defaultdict(list)
+    for entry in entries[1:]:
+        groups[entry["scheme"], entry["kernel"]].append(entry)
+    for (scheme, kernel), group in groups.items():
+        if len(group) > 1:
+            yield (
+                f"{_join([entry['name'] for entry in group])} have the same scheme ({scheme}) and"
+                f" kernel ({kernel}), so the engine does the same work for them: what their ratios"
+                f" differ by, {_join(_spreads(group))}, is what one start of an engine differs by"
+                " from another, not the checkpoints, even where only one is called slower or"
+                " faster."
+            )
 
 
 def in_flight_grid(entries: list[Entry]) -> Grid:
@@ -71,6 +92,18 @@ def memory_grid(entries: list[Entry]) -> Grid:
     """Memory, and how near decoding comes to the speed of memory."""
     columns = ["memory", "weights GiB", "from", "KV cache GiB", "tokens", "GB per token", "of copy"]
     return Grid(columns, [[entry["name"], *_memory(entry), *_share(entry)] for entry in entries])
+
+
+def _spreads(group: list[Entry]) -> list[str]:
+    """Lowest and highest ratio under each load, e.g. `0.85x to 0.96x with 1 in flight`."""
+    every = [describe_loads(entry["break_even"]["ratios"]) for entry in group]
+    ratios = {load: [loads[load]["ratio"] for loads in every] for load in every[0]}
+    return [f"{min(all_):.2f}x to {max(all_):.2f}x with {n}" for n, all_ in ratios.items()]
+
+
+def _join(words: list[str]) -> str:
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def _latencies(run: Entry) -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from maca_serve.breakeven import FASTER, MARGIN, SAME, SLOWER
+from maca_serve.breakeven import FASTER, MARGIN, SAME, SLOWER, describe_loads
 
 # Percent of the base that must be left, at every length.
 KEPT = 95.0
@@ -47,7 +47,7 @@ def judge(base: Entry, entry: Entry) -> dict[str, Any]:
     found = {
         "worst_length": worst,
         "size_percent": 100.0 * entry["size_bytes"] / base["size_bytes"],
-        "speed": _speed(entry),
+        "speed": describe_loads(entry["break_even"]["ratios"]),
         "lost": _lost(entry),
         "watch": _watch(entry),
     }
@@ -61,10 +61,14 @@ def rules() -> dict[str, Any]:
 
 
 def headline(results: dict[str, Any]) -> str:
-    """What was compared with what, and where."""
+    """What was compared with what, where, by which vLLM and when."""
     base, machine = results["checkpoints"][0], results["machine"]
     where = " and ".join(machine["gpus"]) or f"{machine['cpu']} ({machine['cores']} cores)"
-    return f"Against {base['name']} ({base['scheme']}) on {where}"
+    created = f", {results['created'][:10]}" if "created" in results else ""
+    return (
+        f"Against {base['name']} ({base['scheme']}) on {where},"
+        f" vLLM {results['versions']['vllm']}{created}"
+    )
 
 
 def describe_speed(speed: dict[str, Any]) -> str:
@@ -83,7 +87,7 @@ def describe_speed(speed: dict[str, Any]) -> str:
 def _verdict(entry: Entry, found: dict[str, Any]) -> str:
     if found["lost"]:
         return LOST
-    if any(_low(entry, length) < KEPT for length in entry["perplexity"]):
+    if _undecided(entry):
         return UNDECIDED
     faster = [load for load, speed in found["speed"].items() if speed["verdict"] == FASTER]
     slower = any(speed["verdict"] == SLOWER for speed in found["speed"].values())
@@ -95,18 +99,16 @@ def _verdict(entry: Entry, found: dict[str, Any]) -> str:
     return USE_AT.format(" or ".join(faster)) if faster else MEMORY
 
 
-def _speed(entry: Entry) -> dict[str, Any]:
-    """By load in words; prompts are named where there are several lengths."""
-    ratios = entry["break_even"]["ratios"]
-    return {
-        f"{level} in flight" + (f" at prompts of {length}" if len(ratios) > 1 else ""): found
-        for length, by_level in ratios.items()
-        for level, found in by_level.items()
-    }
+def _undecided(entry: Entry) -> list[str]:
+    """Lengths at which the interval of perplexity's recovery reaches below KEPT."""
+    intervals = entry["recovery"]["intervals"]["perplexity"]
+    return [length for length in entry["perplexity"] if intervals[length][0] < KEPT]
 
 
-def _low(entry: Entry, length: str) -> float:
-    return float(entry["recovery"]["intervals"]["perplexity"][length][0])
+def _where(lengths: list[str]) -> str:
+    *rest, last = lengths
+    which = f"{', '.join(rest)} and {last}" if rest else last
+    return f"at {which} tokens its interval reaches below {KEPT:g} %"
 
 
 def _lost(entry: Entry) -> list[str]:
@@ -137,12 +139,14 @@ def _sentence(entry: Entry, found: dict[str, Any]) -> str:
     worst = found["worst_length"]
     lost = f" Below {KEPT:g} %: {', '.join(found['lost'])}." if found["lost"] else ""
     watch = f" Watch: {', '.join(found['watch'])}." if found["watch"] else ""
+    open_at = [] if found["lost"] else _undecided(entry)
+    undecided = f" Undecided: {_where(open_at)}; more --windows narrow it." if open_at else ""
     return (
         f"{entry['name']} ({entry['scheme'].split(',')[0]}) recovers"
         f" {_percent(kept['mean'], intervals['mean'])} of the base's perplexity on average over"
         f" lengths, {_percent(kept[worst], intervals[worst])} at its worst length, {worst} tokens;"
         f" it takes {found['size_percent']:.0f} % of the base's space and is"
-        f" {describe_speed(found['speed'])}.{lost}{watch}"
+        f" {describe_speed(found['speed'])}.{lost}{undecided}{watch}"
     )
 
 

@@ -1,7 +1,12 @@
 import json
 
 import pytest
-from maca_serve.checkpoint import open_all, open_checkpoint, require_quantized
+from maca_serve.checkpoint import (
+    open_all,
+    open_checkpoint,
+    require_quantized,
+    require_same_model,
+)
 from maca_serve.errors import UserError
 from maca_serve.scheme import describe_scheme
 
@@ -73,6 +78,20 @@ def test_record_without_container_leaves_the_config_its_say(quantized):
 def test_base_is_not_quantized(base):
     with pytest.raises(UserError, match=r"base: not a quantized checkpoint"):
         require_quantized(open_checkpoint(base))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model_type", "qwen3"), ("hidden_size", 128), ("num_hidden_layers", 3), ("vocab_size", 9)],
+)
+def test_a_base_of_another_model(make_checkpoint, key, value):
+    base = open_checkpoint(make_checkpoint("base", quantized=False, vocab_size=7))
+    require_same_model(base, open_checkpoint(make_checkpoint("same", vocab_size=7)), "BASE")
+    require_same_model(base, open_checkpoint(make_checkpoint("silent", vocab_size=None)), "BASE")
+    other = make_checkpoint("other", text_config={**base.config, key: value})
+    says = rf"^BASE: .*base has {key} \w+ and .*other {value}; give the model that was quantized$"
+    with pytest.raises(UserError, match=says):
+        require_same_model(base, open_checkpoint(other), "BASE")
 
 
 def test_folders_that_are_no_checkpoints(tmp_path, quantized):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from maca_serve import machine
+from maca_serve.cli import app
 from maca_serve.errors import UserError
+from typer.testing import CliRunner
 
 MAIN = [sys.executable, "-c", "from maca_serve.cli import main; main()"]
 
@@ -110,6 +112,14 @@ def test_lists_that_are_none(fake_vllm, quantized, text, arguments, says):
     done = call("accuracy", quantized, "--text", text, "--windows", 2, *arguments)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+def test_names_that_collide_are_told_at_once(quantized, monkeypatch):
+    # Nothing of this can be imported.
+    monkeypatch.setitem(sys.modules, "maca_serve.comparison", None)
+    done = CliRunner().invoke(app, ["compare", str(quantized), str(quantized)])
+    assert isinstance(done.exception, UserError)
+    assert "are both named 'w4'; tell them apart with --names" in str(done.exception)
 
 
 def test_accuracy_prints_a_table(fake_vllm, quantized, text, tmp_path):

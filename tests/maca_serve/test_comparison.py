@@ -1,5 +1,6 @@
 import json
 import math
+from datetime import UTC, datetime
 
 import pytest
 from maca_serve import UserError, accuracy, compare, fit, throughput
@@ -19,6 +20,7 @@ def test_both_files_and_their_numbers(fake_vllm, base, quantized, settings):
         "report.html",
         "results.json",
     ]
+    assert datetime.fromisoformat(results["created"]).tzinfo is UTC
     first, second = results["checkpoints"]
     assert [first["name"], second["name"]] == ["base", "w4"]
     assert second["scheme"] == "W4A16 int, group 64, symmetric"
@@ -161,6 +163,14 @@ def test_unquantized_folder_among_the_quantized(fake_vllm, base, make_checkpoint
     other = make_checkpoint("other", quantized=False)
     with pytest.raises(UserError, match="other: not a quantized checkpoint"):
         compare(base, [other], **settings)
+    assert not settings["output"].exists()
+
+
+def test_a_base_of_another_model(fake_vllm, make_checkpoint, quantized, settings):
+    fake_vllm("does not start")
+    other = make_checkpoint("other", quantized=False, hidden_size=128)
+    with pytest.raises(UserError, match=r"BASE: .*other has hidden_size 128 and .*w4 64; give"):
+        compare(other, [quantized], **settings)
     assert not settings["output"].exists()
 
 

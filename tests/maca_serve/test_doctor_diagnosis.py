@@ -31,13 +31,22 @@ def write(tmp_path, value):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("80", 80), ("9.0", 90), ("sm90", 90), ("SM_90a", 90), ("12.0", 120), ("120", 120)],
+    [
+        ("80", 80),
+        ("9.0", 90),
+        ("sm90", 90),
+        ("SM_90a", 90),
+        ("12.0", 120),
+        ("120", 120),
+        ("60", 60),
+        ("121", 121),
+    ],
 )
 def test_capabilities(text, number):
     assert diagnosis.parse_capability(text) == number
 
 
-@pytest.mark.parametrize("text", ["9", "h100", "", "9.0.1", "1200", "-80"])
+@pytest.mark.parametrize("text", ["9", "h100", "", "9.0.1", "1200", "-80", "999", "130", "4.0"])
 def test_capabilities_that_are_none(text):
     with pytest.raises(UserError, match=r"--gpu: .* is no compute capability; give"):
         diagnosis.parse_capability(text)
@@ -75,6 +84,11 @@ def test_shape_files_that_are_none(tmp_path, asked, value, says):
     with pytest.raises(UserError, match=says):
         diagnosis.diagnose_shapes(write(tmp_path, value))
     assert asked == []
+
+
+def test_a_file_of_shapes_that_is_not_there(tmp_path, asked):
+    with pytest.raises(UserError, match=r"--shapes: .*x\.json: no such file$"):
+        diagnosis.diagnose_shapes(tmp_path / "x.json")
 
 
 def test_unquantized_folder(base):

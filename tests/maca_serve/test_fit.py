@@ -62,9 +62,18 @@ def test_cores_are_divided_among_ranks(quantized, monkeypatch, cores, ranks, thr
     assert settings.environment["VLLM_CPU_OMP_THREADS_BIND"] == binding
 
 
-@pytest.mark.parametrize(("threads", "ranks"), [(0, 1), (3, 1), (1, 2)])
-def test_cores_that_are_not_there(quantized, threads, ranks):
-    with pytest.raises(UserError, match=f"--threads: {threads} for {ranks} ranks; .* 2 cores"):
+@pytest.mark.parametrize(
+    ("threads", "ranks", "says"),
+    [
+        (0, 1, "--threads: 0 is not possible: give 1 to 2 "),
+        (64, 1, "--threads: 64 is not possible: give 1 to 2 "),
+        (1, 2, "--threads: 1 is not possible: give 2 "),
+        (None, 3, "--tp: 3 ranks want a core each; this process may use 2: use --tp 2 at most"),
+        (8, 3, "--tp: 3 ranks"),
+    ],
+)
+def test_cores_that_are_not_there(quantized, threads, ranks, says):
+    with pytest.raises(UserError, match=f"^{says}"):
         fit(open_checkpoint(quantized), CPU, ranks=Ranks(ranks), threads=threads)
 
 

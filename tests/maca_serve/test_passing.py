@@ -12,17 +12,17 @@ def test_flags_of_vllm_pass_with_their_values():
 @pytest.mark.parametrize(
     ("flag", "instead"),
     [
-        ("--port", "use --port"),
-        ("--port=8001", "use --port"),
-        ("--api_key", "use VLLM_API_KEY"),
-        ("--tensor_parallel_size=2", "use --tp"),
-        ("-pp", "use --pp"),
-        ("--hos", "use --host"),
-        ("--ssl-keyfile", "TLS"),
+        ("--port", "put it before the `--`"),
+        ("--port=8001", "put it before the `--`"),
+        ("--api_key", "use VLLM_API_KEY in the environment"),
+        ("--tensor_parallel_size=2", "use --tp before the `--`"),
+        ("-pp", "use --pp before the `--`"),
+        ("--hos", "put it before the `--`"),
+        ("--ssl-keyfile", "use a proxy that speaks TLS"),
     ],
 )
 def test_flags_that_maca_serve_sets_do_not(flag, instead):
-    with pytest.raises(UserError, match=f"^{flag}: maca-serve sets .*{instead}"):
+    with pytest.raises(UserError, match=f"^{flag}: maca-serve sets .*{instead}$"):
         check_flags(["--seed", "1", flag, "x"])
 
 

@@ -10,6 +10,7 @@ from maca_serve.checkpoint import open_checkpoint
 from maca_serve.inspection import diagonal_views, relative_diagonals, run_rows
 from maca_serve.recovery import describe_intervals, recovery
 from maca_serve.report import render_report
+from maca_serve.speed_view import alike
 from maca_serve.stats import perplexity
 from maca_serve.summary import judge, rules
 
@@ -25,7 +26,7 @@ RECORD = {
         for layer in range(3)
         for kind in ("self_attn.q_proj", "mlp.down_proj")
     ],
-    "wall_seconds": {"load": 1.2, "calibrate": 30.4},
+    "wall_seconds": {"load": 0.4, "calibrate": 30.4},
     "peak_rss_bytes": 2_500_000_000,
     "peak_device_bytes": None,
 }
@@ -115,6 +116,7 @@ def results():
             "intervals": describe_intervals(),
             "rules": rules(),
             "speed": {"input_len": [128], "output_len": 32, "repeats": 2},
+            "engine": {name: {"arguments": ["--enforce-eager"]} for name in ("base", "w4")},
         },
         "schedule": {
             "engines": "together",
@@ -204,6 +206,41 @@ def test_speed_says_how_it_was_measured_and_where_it_ends(results, base, quantiz
     assert "<td>42%</td>" in html
 
 
+def test_eager_mode_is_named_where_it_was_one(results, checkpoints):
+    assert "eager mode" in render_report(results, checkpoints)
+    for engine in results["settings"]["engine"].values():
+        engine["arguments"].clear()
+    assert "eager mode" not in render_report(results, checkpoints)
+
+
+def test_where_the_engine_does_the_same_work_the_spread_is_named(results, checkpoints):
+    base = results["checkpoints"][0]
+    assert list(alike(results["checkpoints"])) == []
+    second = entry("maca", {"1": 19.0, "4": 20.0}, 3.0, 1_000_000)
+    other = entry("w8", {"1": 30.0, "4": 80.0}, 3.0, 2_000_000) | {"kernel": "other"}
+    for each in (second, other):
+        each["recovery"], each["break_even"] = recovery(base, each), break_even(base, each)
+        each["verdict"] = judge(base, each)
+    results["checkpoints"] += [second, other]
+    (sentence,) = alike(results["checkpoints"])
+    assert sentence.startswith(
+        "w4 <b> and maca have the same scheme (W4A16 int, group 64, symmetric) and kernel (K), so"
+    )
+    assert (
+        "differ by, 1.83x to 1.90x with 1 in flight and 0.50x to 0.54x with 4 in flight, is"
+        in sentence
+    )
+    html = render_report(results, [*checkpoints, checkpoints[1], checkpoints[1]])
+    assert "w4 &lt;b&gt; and maca have the same scheme" in html
+
+
+def test_the_first_table_has_what_decides_first(results, checkpoints):
+    html = render_report(results, checkpoints)
+    titles = ("MB on disk", "perplexity<br>recovery", "task<br>", ">scheme<", ">vLLM kernel<")
+    places = [html.index(title) for title in titles]
+    assert places == sorted(places)
+
+
 def test_lengths_rates_and_what_was_not_computed(results, base, quantized):
     for each in results["checkpoints"]:
         each["throughput"]["512"] = each["throughput"]["128"]
@@ -227,7 +264,7 @@ def test_run_record():
     assert rows["method"] == "maca"
     assert rows["sequences by length"] == "10 x 128, 4 x 512"
     assert rows["calibration tokens"] == "12,345"
-    assert rows["wall time"] == "load 1 s, calibrate 30 s"
+    assert rows["wall time"] == "load 0.4 s, calibrate 30.4 s"
     assert rows["peak memory"] == "2.50 GB"
     assert "peak device memory" not in rows
     assert run_rows({}) == []

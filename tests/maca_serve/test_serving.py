@@ -71,6 +71,11 @@ def test_ranks_threads_and_flags_reach_vllm(fake_vllm, base):
     assert "'--tensor-parallel-size', '2'" in line and line.endswith("'--seed', '7']")
 
 
+def test_heads_are_checked_before_cores(fake_vllm, base):
+    with pytest.raises(UserError, match="--tp: 4 attention heads cannot be shared by 3"):
+        up(base, port=None, tensor_parallel=3, threads=64)
+
+
 def test_a_flag_that_vllm_does_not_know(fake_vllm, base):
     with pytest.raises(EngineError, match="did not start: unrecognized arguments: --no-such-flag"):
         up(base, port=None, vllm_flags=["--no-such-flag"]).__enter__()

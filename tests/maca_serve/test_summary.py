@@ -71,6 +71,20 @@ def test_what_is_lost_is_named():
     assert found["sentence"].endswith(". Watch: copy 90.0 % (90.0 to 90.0).")
 
 
+@pytest.mark.parametrize(("wider", "where"), [(1, "64"), (4, "64 and 256")])
+def test_what_is_undecided_is_named(wider, where):
+    found = verdict(kept=94.5, spread=[wider * each for each in SPREAD])
+    assert found["verdict"] == "undecided"
+    assert found["sentence"].endswith(
+        f" Undecided: at {where} tokens its interval reaches below 95 %; more --windows narrow it."
+    )
+
+
+@pytest.mark.parametrize("kept", [80.0, 100.0])
+def test_what_is_decided_is_not_undecided(kept):
+    assert "Undecided" not in verdict(kept=kept)["sentence"]
+
+
 def test_the_sentence_has_the_numbers():
     found = verdict(kept=80.0, speed=(1.83, 0.54), spread=[0.0] * 5)
     assert found["worst_length"] == "64"
@@ -108,11 +122,13 @@ def test_several_prompt_lengths_are_told_apart():
 def test_where_it_ran():
     results = {
         "machine": {"cpu": "Some CPU", "cores": 2, "gpus": []},
+        "versions": {"vllm": "0.32.0"},
         "checkpoints": [{"name": "base", "scheme": "BF16"}],
     }
-    assert headline(results) == "Against base (BF16) on Some CPU (2 cores)"
+    assert headline(results) == "Against base (BF16) on Some CPU (2 cores), vLLM 0.32.0"
     results["machine"]["gpus"] = ["NVIDIA H100"]
-    assert headline(results) == "Against base (BF16) on NVIDIA H100"
+    results["created"] = "2026-11-22T10:20:30+00:00"
+    assert headline(results) == "Against base (BF16) on NVIDIA H100, vLLM 0.32.0, 2026-11-22"
 
 
 def test_thresholds_are_in_the_rules():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from maca_serve import cli, verify
+from maca_serve.checkpoint import KEPT_KEYS
 from maca_serve.errors import UserError
 from maca_serve.verification import verifying
 from maca_serve.verification.prompts import make_prompts
@@ -147,13 +148,14 @@ def test_verify_says_what_was_not_checked(checkpoint, monkeypatch):
 
 
 def test_verify_with_a_base(checkpoint, monkeypatch, make_checkpoint):
-    base = make_checkpoint("base", quantized=False, vocab_size=MODEL["vocab_size"])
+    shape = {key: MODEL[key] for key in KEPT_KEYS}
+    base = make_checkpoint("base", quantized=False, **shape)
     models = {"w3": FakeModel, "base": lambda: FakeModel(shift=1.0)}
     monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: models[checkpoint.name]())
     result = verify(checkpoint, base=base)
     assert outcome(result)["nearer to it than to the base"] == "pass"
-    other = make_checkpoint("other", quantized=False, vocab_size=7)
-    with pytest.raises(UserError, match=r"--base: .*other has a vocabulary of 7 and .* of 202"):
+    other = make_checkpoint("other", quantized=False, **{**shape, "vocab_size": 7})
+    with pytest.raises(UserError, match=r"--base: .*other has vocab_size 7 and .*w3 202; give"):
         verify(checkpoint, base=other)
 
 

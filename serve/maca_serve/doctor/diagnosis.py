@@ -15,6 +15,8 @@ from maca_serve.errors import UserError
 from maca_serve.scheme import describe_scheme
 
 Diagnosis = dict[str, Any]
+# Of CUDA cards from Maxwell to Blackwell; newer ones are not known to the vLLM that is pinned.
+MAJORS = range(5, 13)
 _CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)a?", re.IGNORECASE)
 
 
@@ -68,7 +70,7 @@ def parse_capability(text: str) -> int:
         UserError: not one.
     """
     match = _CAPABILITY.fullmatch(text.strip())
-    if match is None or int(match[1]) < 5:
+    if match is None or int(match[1]) not in MAJORS:
         raise UserError(
             f"--gpu: {text!r} is no compute capability; give for instance 80 (A100), 89 (L40S,"
             " RTX 4090), 90 (H100, H200), 100 (B200) or 120 (RTX 5090)"
@@ -122,6 +124,8 @@ def _quantization(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _read_shapes(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    if not file.is_file():
+        raise UserError(f"--shapes: {file}: no such file")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

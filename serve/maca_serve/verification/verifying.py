@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maca_serve.checkpoint import Checkpoint, open_checkpoint
+from maca_serve.checkpoint import Checkpoint, open_checkpoint, require_same_model
 from maca_serve.console import progress
 from maca_serve.doctor import diagnose
 from maca_serve.doctor.headers import read_headers
 from maca_serve.engine import Engine
-from maca_serve.errors import BrokenAnswerError, UserError
+from maca_serve.errors import BrokenAnswerError
 from maca_serve.fit import fit
 from maca_serve.machine import describe_machine, require_vllm, versions
 from maca_serve.verification import agreement
@@ -43,7 +43,7 @@ def verify(folder: str | Path, *, base: str | Path | None = None) -> dict[str, A
         "numbers"}], "versions", "machine"}.
 
     Raises:
-        UserError: no checkpoint, unreadable files, or a base of another vocabulary.
+        UserError: no checkpoint, unreadable files, or a base that was not quantized to this.
         EngineError: vLLM did not start, or died.
     """
     version = require_vllm()
@@ -85,12 +85,7 @@ def _open_base(checkpoint: Checkpoint, base: str | Path | None) -> Checkpoint | 
     if base is None:
         return None
     opened = open_checkpoint(Path(base))
-    sizes = [c.text_config.get("vocab_size") for c in (checkpoint, opened)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"--base: {base} has a vocabulary of {sizes[1]} and {checkpoint.path} of {sizes[0]};"
-            " give the model that was quantized"
-        )
+    require_same_model(opened, checkpoint, "--base")
     return opened
 
 
