@@ -215,7 +215,7 @@ def test_a_broken_recipe_is_refused_in_one_line(tmp_path, case):
 
 
 def test_a_missing_recipe_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.yaml does not exist: see recipes/"):
+    with pytest.raises(UserError, match=r"nowhere.yaml is no file: see recipes/"):
         read_recipe(tmp_path / "nowhere.yaml")
 
 
