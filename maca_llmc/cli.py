@@ -1,6 +1,5 @@
 """The ``maca-llmc`` command."""
 
-import os
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import maca_llmc
 from maca_llmc import defaults
 from maca_llmc.errors import UserError
 from maca_llmc.plan_table import print_plan
+from maca_llmc.record import unwritable_parent, write_json
 from maca_llmc.signatures import same_parameters_as
 
 app = typer.Typer(
@@ -55,8 +55,7 @@ def _check_file(output: Path) -> None:
     """Refuse what cannot become a file, before anything is computed for it."""
     if output.is_dir():
         raise UserError(f"--output {output} is a folder: give a file")
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if parent := unwritable_parent(output):
         raise UserError(f"--output {output} cannot be written in {parent}: give another one")
 
 
@@ -198,8 +197,6 @@ def evaluate(
     )
     _print_table(results)
     if output is not None:
-        from maca_llmc.record import write_json
-
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, results)
 

@@ -102,8 +102,7 @@ def evaluate(
     """
     config = models.load_config(models.resolve_model(base))
     for folder in map(Path, checkpoints):  # all of them before any model is run
-        check_quantized(folder)
-        _check_base(base, config, folder)
+        _check_base(base, config, folder, check_quantized(folder))
     _check_names([Path(folder).name for folder in checkpoints])
     reference = Reference(
         base,
@@ -221,8 +220,8 @@ class Reference:
         }
 
 
-def check_quantized(folder: Path) -> None:
-    """Refuse a folder that is not a quantized checkpoint.
+def check_quantized(folder: Path) -> Any:
+    """The configuration of a quantized checkpoint; any other folder is refused.
 
     :raises UserError: says what is missing
     """
@@ -232,12 +231,13 @@ def check_quantized(folder: Path) -> None:
             "maca-llmc quantize wrote"
         )
     models.check_folder(folder)
-    if getattr(models.read_config(str(folder)), "quantization_config", None) is None:
+    config = models.read_config(str(folder))
+    if getattr(config, "quantization_config", None) is None:
         raise UserError(f"{folder} is not a quantized checkpoint: make one with maca-llmc quantize")
+    return config
 
 
-def _check_base(base: str, config: Any, folder: Path) -> None:
-    own = models.read_config(str(folder))
+def _check_base(base: str, config: Any, folder: Path, own: Any) -> None:
     for field in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         one, other = (getattr(c.get_text_config(), field, None) for c in (config, own))
         if one != other:

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.filesize import decimal as size
 from rich.table import Table
 
+from maca_llmc.record import describe_lengths
+
 
 def print_plan(plan: dict[str, Any]) -> None:
     """Print what :func:`maca_llmc.plan` found."""
@@ -33,7 +35,7 @@ def _costs(plan: dict[str, Any]) -> Table:
     table = Table(title="what it takes (estimates)", show_header=False)
     memory, seconds, flops = plan["memory"], plan["seconds"], plan["flops"]
     calibration, hessians = plan["calibration"], plan["hessians"]
-    lengths = ", ".join(f"{count} x {length}" for length, count in calibration["lengths"].items())
+    lengths = describe_lengths(calibration)
     table.add_row("calibration", f"{calibration['tokens']} tokens ({lengths})")
     table.add_row("Hessians", f"{hessians['distinct']} for {hessians['modules']} modules")
     table.add_row("work", f"{sum(flops.values()) / 1e12:.3g} TFLOP")

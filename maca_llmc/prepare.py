@@ -1,6 +1,5 @@
 """Check all that can be checked before the weights are loaded, and decide the rest."""
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -162,8 +161,7 @@ def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
     finished = resume and record.finished_identity(output) is not None
     if output.is_dir() and any(output.iterdir()) and not finished:
         _check_replaced(output, overwrite)
-    parent = existing_parent(output)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if parent := record.unwritable_parent(output):
         raise UserError(f"output {output} cannot be made in {parent}: give another one")
 
 
@@ -178,11 +176,6 @@ def _check_replaced(output: Path, overwrite: bool) -> None:
         raise UserError(f"output folder {output} is not empty: give another one or --overwrite")
 
 
-def existing_parent(output: Path) -> Path:
-    """The folder on whose disk ``output`` will be."""
-    return next(folder for folder in output.parents if folder.exists())
-
-
 def check_disk(output: Path, shapes: torch.nn.Module) -> None:
     """Refuse a disk that is too full for finished layers and the checkpoint.
 
@@ -193,7 +186,7 @@ def check_disk(output: Path, shapes: torch.nn.Module) -> None:
     model = sum(p.numel() * p.element_size() for p in shapes.parameters())
     there = sum(f.stat().st_size for f in state_folder(output).glob("layer-*.safetensors"))
     needed = model + max(model - there, 0)
-    parent = existing_parent(output)
+    parent = record.existing_parent(output)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(

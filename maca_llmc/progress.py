@@ -11,6 +11,8 @@ import tqdm
 from compressed_tensors.utils import patch_attr
 from loguru import logger
 
+from maca_llmc.record import describe_lengths
+
 NOT_NEWS = ("No accelerator available", "Disabling tokenizer", "Calibration pipeline is set to")
 """How warnings begin that there is nothing to do about."""
 
@@ -67,7 +69,7 @@ def tell_calibration(calibration: dict[str, Any]) -> None:
 
     :param calibration: what ``CalibrationSet.record`` says
     """
-    lengths = ", ".join(f"{count} x {length}" for length, count in calibration["lengths"].items())
+    lengths = describe_lengths(calibration)
     words = f"calibrating on {calibration['tokens']:,} tokens (count x length: {lengths})"
     tqdm.tqdm.write(words, file=sys.stderr)
 

@@ -71,6 +71,25 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def existing_parent(output: Path) -> Path:
+    """The folder on whose disk ``output`` will be."""
+    return next(folder for folder in output.absolute().parents if folder.exists())
+
+
+def unwritable_parent(output: Path) -> Path | None:
+    """What keeps ``output`` from being made: a file or a read-only folder above it, or None."""
+    parent = existing_parent(output)
+    return None if parent.is_dir() and os.access(parent, os.W_OK) else parent
+
+
+def describe_lengths(calibration: dict[str, Any]) -> str:
+    """Such as ``4 x 128, 2 x 512``: how many sequences of which length.
+
+    :param calibration: what ``CalibrationSet.record`` says
+    """
+    return ", ".join(f"{count} x {length}" for length, count in calibration["lengths"].items())
+
+
 def finished_identity(output: Path) -> dict[str, Any] | None:
     """What run made the checkpoint in ``output``; None when there is none that says so."""
     try:
@@ -109,7 +128,7 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
         sequences=calibration["sequences"],
         tokens=calibration["tokens"],
         source=calibration["source"],
-        lengths=", ".join(f"{v} x {k}" for k, v in calibration["lengths"].items()),
+        lengths=describe_lengths(calibration),
         seed=record["seed"],
         record_file=RECORD_FILE,
         license_note=f" ({license_name})" if license_name else "; its card names none",

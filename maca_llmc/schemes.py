@@ -18,10 +18,10 @@ from maca_llmc.errors import CalibrationError, UserError
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that vLLM's kernels take, best known first."""
 
+OTHER_GROUP_SIZES = (256, 192, 96, 48, 16)
+
 BITS = range(2, 9)
 """Bits of integers that vLLM reads compressed."""
-
-OTHER_GROUP_SIZES = (256, 192, 96, 48, 16)
 
 LEFT_ALONE = (
     "lm_head",
@@ -141,7 +141,7 @@ def _check_ignore(model: Any, ignore: list[str]) -> None:
 def _check_head(model: Any, targeted: dict[str, int]) -> None:
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is head and name in targeted]
+    names = [name for name in targeted if model.get_submodule(name) is head]
     if tied and names:
         raise UserError(
             f"the recipe quantizes {names[0]}, which is the input embedding, too (they are tied): "
@@ -154,7 +154,7 @@ def _check_bits(modifier: Any) -> None:
         weights = scheme.weights
         if weights is None or weights.type != QuantizationType.INT:
             continue
-        if not BITS[0] <= weights.num_bits <= BITS[-1]:
+        if weights.num_bits not in BITS:
             raise UserError(
                 f"the recipe's {name} has weights of {weights.num_bits} bits: vLLM reads integers "
                 f"of {BITS[0]} to {BITS[-1]}"

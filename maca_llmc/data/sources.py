@@ -137,8 +137,9 @@ def _read_file(path: Path, text_column: str | None) -> Sequence[Document]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        at = f"byte {error.start}"
-        raise UserError(f"{path} is not UTF-8 at {at}: convert it to UTF-8") from error
+        raise UserError(
+            f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8"
+        ) from error
     if suffix in TEXT_SUFFIXES:
         return [text] if text.strip() else []
     if suffix == ".json":
