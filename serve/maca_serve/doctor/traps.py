@@ -7,7 +7,7 @@ from maca_serve.doctor.checks import Problem
 REFUSES_FROM = {"CutlassInt8ScaledMMLinearKernel": (100, "vLLM issue 54311")}
 # Experts of 4-bit weights whose compiled code computes in 8 bits (vLLM 0.32, `INT4_W4A8` in
 # cpu_moe.py), whatever VLLM_CPU_INT4_W4A8 says.
-ROUNDS_INPUTS = ("CPUExpertsInt4",)
+INT4_EXPERTS = "CPUExpertsInt4"
 # What makes one scale of several, also of one, when FP8 weights with a scale per tensor are loaded.
 REQUANTIZES = "static_scaled_fp8_quant"
 
@@ -62,7 +62,7 @@ def torn_tiles(kernel: str, partition: list[int], layer: str) -> Problem | None:
         layer: where it would run.
     """
     torn = [width for width in partition if width % 32]
-    if kernel != "CPUExpertsInt4" or not torn:
+    if kernel != INT4_EXPERTS or not torn:
         return None
     what = f"{kernel} works in tiles of 32, which do not divide {torn[0]}: its answers are nonsense"
     return Problem("error", what, "leave the experts out of the recipe (`ignore`)", [layer])
@@ -75,7 +75,7 @@ def rounds_inputs(kernel: str, layer: str) -> Problem | None:
         kernel: the experts class's name.
         layer: where it would run.
     """
-    if kernel not in ROUNDS_INPUTS:
+    if kernel != INT4_EXPERTS:
         return None
     what = f"{kernel} rounds the experts' activations to 8 bits, and nothing turns that off"
     return Problem("warning", what, "", [layer])
