@@ -9,6 +9,7 @@
 
 import os
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ MISSING = (
     "environments of their own): run `make setup` in the checkout and use its .venv"
 )
 
-if Path(sys.argv[0]).name == "maca-llmc":
+AS_COMMAND = Path(sys.argv[0]).name == "maca-llmc"
+
+if AS_COMMAND:
     # llm-compressor logs to standard output as soon as it is imported; the command shows its
     # warnings itself, once each. In anyone else's program its logging is left alone.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 
-if find_spec("llmcompressor") is not None:
+if find_spec("llmcompressor") is not None and not AS_COMMAND:
     from maca_llmc import cpu_backend  # noqa: F401  # registers the compiled sweep
     from maca_llmc.data import build_calibration_set
     from maca_llmc.evaluation import evaluate
@@ -36,8 +39,19 @@ if find_spec("llmcompressor") is not None:
     from maca_llmc.quantize_run import quantize
 
 else:
+    HOMES = {
+        "MaCaModifier": "modifier",
+        "build_calibration_set": "data",
+        "evaluate": "evaluation",
+        "plan": "planning",
+        "quantize": "quantize_run",
+    }
 
     def __getattr__(name: str) -> Any:
-        if name in __all__:
+        """Import on first use: the command's help and its usage errors need not wait for torch."""
+        if name not in HOMES:
+            raise AttributeError(name)  # also for submodules, which are looked up here first
+        if find_spec("llmcompressor") is None:
             raise ImportError(MISSING)
-        raise AttributeError(name)  # also for submodules, which are looked up here first
+        import_module("maca_llmc.cpu_backend")
+        return getattr(import_module(f"maca_llmc.{HOMES[name]}"), name)

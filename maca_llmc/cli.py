@@ -13,8 +13,7 @@ from rich.table import Table
 import maca_llmc
 from maca_llmc import defaults
 from maca_llmc.errors import UserError
-from maca_llmc.plan_table import print_plan
-from maca_llmc.record import unwritable_parent, write_json
+from maca_llmc.files import unwritable_parent, write_json
 from maca_llmc.signatures import same_parameters_as
 
 app = typer.Typer(
@@ -152,6 +151,8 @@ def quantize(
 @same_parameters_as(quantize)
 def plan_run(**flags: Any) -> None:
     """What quantize would do with the same flags, and what it would take; loads no weights."""
+    from maca_llmc.plan_table import print_plan  # brings torch, which takes seconds to import
+
     flags["scales"] = _numbers(flags["scales"], "--scales")
     print_plan(maca_llmc.plan(flags.pop("output"), **flags))
 

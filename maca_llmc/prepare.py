@@ -15,6 +15,7 @@ from maca_llmc.containers import CONTAINER_BITS, check_container
 from maca_llmc.data import CalibrationSet, build_calibration_set
 from maca_llmc.device import resolve_device
 from maca_llmc.errors import UserError
+from maca_llmc.files import existing_parent, unwritable_parent
 from maca_llmc.inspection import DiagonalRecorder, inspected_modules
 from maca_llmc.llmcompressor_api import Recipe
 from maca_llmc.recipes import default_recipe, quantizing_modifier, read_recipe
@@ -161,7 +162,7 @@ def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
     finished = resume and record.finished_identity(output) is not None
     if output.is_dir() and any(output.iterdir()) and not finished:
         _check_replaced(output, overwrite)
-    if parent := record.unwritable_parent(output):
+    if parent := unwritable_parent(output):
         raise UserError(f"output {output} cannot be made in {parent}: give another one")
 
 
@@ -186,7 +187,7 @@ def check_disk(output: Path, shapes: torch.nn.Module) -> None:
     model = sum(p.numel() * p.element_size() for p in shapes.parameters())
     there = sum(f.stat().st_size for f in state_folder(output).glob("layer-*.safetensors"))
     needed = model + max(model - there, 0)
-    parent = record.existing_parent(output)
+    parent = existing_parent(output)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(

@@ -12,6 +12,7 @@ from maca_llmc import models, pipeline, record, smollm2
 from maca_llmc.containers import widen_containers
 from maca_llmc.errors import UserError
 from maca_llmc.faults import named_faults
+from maca_llmc.files import write_json
 from maca_llmc.full_precision import forward_passes
 from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import (
@@ -161,7 +162,7 @@ def _write_records(
         "identity": identity,
         **record.peak_memory(),
     }
-    record.write_json(folder / record.RECORD_FILE, content)
+    write_json(folder / record.RECORD_FILE, content)
     record.write_card(folder, name, content)
     run.recorder.save(folder)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_text
 
 import maca_llmc
-from maca_llmc import cli, defaults
+from maca_llmc import cli, defaults, plan_table
 from maca_llmc.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -224,7 +224,7 @@ def test_plan_takes_the_flags_of_quantize(here, monkeypatch, capsys):
         return {"the": "plan"}
 
     monkeypatch.setattr(maca_llmc, "plan", call)
-    monkeypatch.setattr(cli, "print_plan", lambda plan: print(plan))
+    monkeypatch.setattr(plan_table, "print_plan", lambda plan: print(plan))
     code, out, _ = run(monkeypatch, capsys, "plan", "--output", here / "p", "--scales", "8,16")
     assert code == 0 and "{'the': 'plan'}" in out
     expected = prepare.__kwdefaults__ | {"scales": [8, 16], "output": here / "p"}
@@ -310,6 +310,19 @@ def test_the_wrong_environment_says_what_to_install():
     assert "llmcompressor==0.14.0.1" in maca_llmc.MISSING and "make setup" in maca_llmc.MISSING
     done = process(WITHOUT + "import maca_llmc; maca_llmc.quantize")
     assert done.returncode == 1 and done.stderr.endswith(f"ImportError: {maca_llmc.MISSING}\n")
+
+
+def test_help_and_usage_errors_do_not_wait_for_torch():
+    """Where it runs as the command: in anyone else's program importing registers the modifier."""
+    started = (
+        "import sys; sys.argv[0] = 'maca-llmc'\n"
+        f"try: exec({MAIN!r})\n"
+        "finally: assert 'typer' in sys.modules and 'torch' not in sys.modules"
+    )
+    done = process(started, "quantize", "--help")
+    assert done.returncode == 0 and "--scales" in done.stdout, done.stderr
+    done = process(started, "quantize", "--bits", "4")
+    assert done.returncode == 2 and done.stderr.startswith("error: No such option: --bits")
 
 
 def test_poisoned_weights_are_really_poisoned(here):

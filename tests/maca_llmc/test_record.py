@@ -74,14 +74,6 @@ def test_the_licence_of_a_base_model_without_a_card(tmp_path):
     assert record.base_license("org/not-in-the-cache") is None
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "record.json"
-    record.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        record.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
-
-
 def test_versions_and_machine_are_what_is_installed():
     assert record.versions() == {package: version(package) for package in record.PACKAGES}
     machine = record.machine()

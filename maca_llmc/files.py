@@ -1,0 +1,24 @@
+"""Files that are whole or not there, and where they may be made."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` beside ``path``, then rename, so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def existing_parent(output: Path) -> Path:
+    """The folder on whose disk ``output`` will be."""
+    return next(folder for folder in output.absolute().parents if folder.exists())
+
+
+def unwritable_parent(output: Path) -> Path | None:
+    """What keeps ``output`` from being made: a file or a read-only folder above it, or None."""
+    parent = existing_parent(output)
+    return None if parent.is_dir() and os.access(parent, os.W_OK) else parent
