@@ -6,21 +6,25 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import tqdm
 from compressed_tensors.compressors.format import infer_module_format
+from rich.console import Console
 from torch import nn
 
 from maca_llmc.prepare import Run
 
-USUAL_GPUS = {"80": "A100", "89": "L40S, RTX 4090", "90": "H100", "120": "RTX 5090"}
-"""Compute capabilities, and cards that have them."""
+TARGETS = {
+    "this machine": "here",
+    "compute capability 8.0 (A100)": "80",
+    "compute capability 8.9 (L40S, RTX 4090)": "89",
+    "compute capability 9.0 (H100)": "90",
+    "compute capability 12.0 (RTX 5090)": "120",
+}
+"""What is asked about, as ``maca-serve doctor --gpu`` takes it."""
 
-AT_ONCE = 2
-TIMEOUT = 300
+TIMEOUT = 600
 
 
 def ask_kernels(run: Run) -> list[dict[str, Any]]:
@@ -40,10 +44,7 @@ def ask_kernels(run: Run) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         shapes = Path(folder) / "shapes.json"
         shapes.write_text(json.dumps(checkpoint_to_be(run)), encoding="utf-8")
-        targets = [("this machine", []), *_cards()]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = pool.map(lambda target: _ask(doctor, shapes, *target), targets)
-            return list(tqdm.tqdm(answers, "asking vLLM for its kernels", len(targets)))
+        return _ask(doctor, shapes)
 
 
 def find_doctor() -> Path | None:
@@ -77,23 +78,26 @@ def checkpoint_to_be(run: Run) -> dict[str, Any]:
     return {"config": config | {"quantization_config": quantization}, "layers": layers}
 
 
-def _cards() -> list[tuple[str, list[str]]]:
-    return [
-        (f"compute capability {int(capability) / 10:.1f} ({cards})", ["--gpu", capability])
-        for capability, cards in USUAL_GPUS.items()
-    ]
-
-
-def _ask(doctor: Path, shapes: Path, target: str, words: list[str]) -> dict[str, Any]:
-    command = [str(doctor), "doctor", "--shapes", str(shapes), "--json", *words]
+def _ask(doctor: Path, shapes: Path) -> list[dict[str, Any]]:
+    """An entry for each target, or one that says why there is none."""
+    gpus = ",".join(TARGETS.values())
+    command = [str(doctor), "doctor", "--shapes", str(shapes), "--json", "--gpu", gpus]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-        answer = json.loads(done.stdout)
+        with Console(stderr=True).status("asking vLLM for its kernels"):
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            )
+        answers = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        return {"target": target, "unknown": f"no answer within {TIMEOUT} s"}
+        return [{"target": "any", "unknown": f"no answer within {TIMEOUT} s"}]
     except ValueError:
         said = done.stderr.strip().splitlines()
-        return {"target": target, "unknown": said[-1] if said else "maca-serve doctor said nothing"}
+        why = said[-1] if said else "maca-serve doctor said nothing"
+        return [{"target": "any", "unknown": why}]
+    return [_entry(target, answer) for target, answer in zip(TARGETS, answers, strict=True)]
+
+
+def _entry(target: str, answer: dict[str, Any]) -> dict[str, Any]:
     kernels: Counter[str] = Counter()
     for layer in answer["layers"]:
         if layer["quantized"]:

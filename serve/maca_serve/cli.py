@@ -57,6 +57,7 @@ app = typer.Typer(
 
 
 UsageError: Any = typer.BadParameter.__base__  # of typer's own copy of click
+HERE = "here"
 
 
 @app.command()
@@ -224,8 +225,9 @@ def doctor(
         Path | None, typer.Argument(metavar="DIR", help="Checkpoint folder.", show_default=False)
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Compute capability, e.g. 90; this machine by default.")
-    ] = None,
+        str,
+        typer.Option(help="Compute capabilities, as 80 or 80,90,here; `here` is this machine."),
+    ] = HERE,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     shapes: Annotated[
         Path | None,
@@ -234,23 +236,29 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
 ) -> None:
     """Check a checkpoint without loading it: tensors, kernels, fallbacks; 1: would not load."""
-    from maca_serve.doctor import diagnose, diagnose_shapes, view
+    from maca_serve import doctor
+    from maca_serve.doctor import view
 
     if folder is not None and shapes is None:
-        diagnosis = diagnose(folder, gpu=gpu, tensor_parallel=tp)
+        subject = doctor.read_folder(folder)
     elif shapes is not None and folder is None:
-        diagnosis = diagnose_shapes(shapes, gpu=gpu, tensor_parallel=tp)
+        subject = doctor.read_shapes(shapes)
     else:
         raise UserError("give a checkpoint folder DIR or a file --shapes, one of them")
+    gpus = [None if name == HERE else name for name in split(gpu) or []]
+    found = doctor.diagnose_cards(subject, gpus, tensor_parallel=tp)
     if as_json:
-        typer.echo(json.dumps(diagnosis, indent=1))
+        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=1))
     else:
-        for line in view.lines(diagnosis):
-            _say(line)
-        out.print(view.layer_table(diagnosis))
-        for line in view.endings(diagnosis):
-            _say(line)
-    if diagnosis["verdict"] == "does not load":
+        for place, diagnosis in enumerate(found):
+            if place:
+                _say("")
+            for line in view.lines(diagnosis):
+                _say(line)
+            out.print(view.layer_table(diagnosis))
+            for line in view.endings(diagnosis):
+                _say(line)
+    if any(diagnosis["verdict"] == "does not load" for diagnosis in found):
         raise typer.Exit(1)
 
 

@@ -49,7 +49,8 @@ def test_every_target_is_asked_about_the_checkpoint_to_be(run, doctor):
         "assert quantization['format'] == 'pack-quantized', quantization\n"
         "assert quantization['quant_method'] == 'compressed-tensors'\n"
         "assert shapes['config']['model_type'] == 'llama'\n"
-        f"print({json.dumps(ANSWER)!r})"
+        "assert sys.argv[sys.argv.index('--gpu') + 1] == 'here,80,89,90,120'\n"
+        f"print({json.dumps([ANSWER] * 5)!r})"
     )
     found = ask_doctor.ask_kernels(run)
     assert [entry["target"] for entry in found] == [
@@ -69,8 +70,8 @@ def test_every_target_is_asked_about_the_checkpoint_to_be(run, doctor):
 
 def test_a_doctor_that_fails_leaves_it_unknown_and_says_why(run, doctor):
     doctor("sys.exit('error: vllm is not installed here')")
-    for entry in ask_doctor.ask_kernels(run):
-        assert entry["unknown"] == "error: vllm is not installed here"
+    (entry,) = ask_doctor.ask_kernels(run)
+    assert entry["unknown"] == "error: vllm is not installed here"
 
 
 def test_without_a_serve_environment_it_is_unknown(run, monkeypatch, tmp_path):

@@ -21,15 +21,16 @@ MAIN = [sys.executable, "-c", "from maca_serve.cli import main; main()", "doctor
 
 @pytest.fixture
 def answered(monkeypatch):
-    """Calls of `diagnose` and `diagnose_shapes`, answered with the verdict that is set."""
-    calls = {"verdict": "loads"}
+    """What is asked, answered with the verdict that is set for each card."""
+    calls = {"verdicts": ["loads"]}
 
-    def diagnose(subject, **options):
-        calls["subject"], calls["options"] = str(subject), options
-        return {**DIAGNOSIS, "verdict": calls["verdict"]}
+    def diagnose_cards(subject, gpus, **options):
+        calls.update(subject=subject, gpus=gpus, options=options)
+        return [{**DIAGNOSIS, "verdict": verdict} for verdict in calls["verdicts"]]
 
-    monkeypatch.setattr(doctor, "diagnose", diagnose)
-    monkeypatch.setattr(doctor, "diagnose_shapes", lambda *a, **k: diagnose("shapes", **k))
+    monkeypatch.setattr(doctor, "diagnose_cards", diagnose_cards)
+    monkeypatch.setattr(doctor, "read_folder", lambda folder: str(folder))
+    monkeypatch.setattr(doctor, "read_shapes", lambda _: "shapes")
     return calls
 
 
@@ -41,14 +42,16 @@ def run(*arguments):
     ("verdict", "code"), [("loads", 0), ("conditional", 0), ("unknown", 0), ("does not load", 1)]
 )
 def test_exit_codes(answered, verdict, code):
-    answered["verdict"] = verdict
+    answered["verdicts"] = [verdict]
     assert run("dir").exit_code == code
 
 
 def test_options_arrive(answered):
     run("dir", "--gpu", "9.0", "--tp", "4")
-    assert answered["options"] == {"gpu": "9.0", "tensor_parallel": 4}
+    assert answered["gpus"] == ["9.0"] and answered["options"] == {"tensor_parallel": 4}
     assert answered["subject"] == "dir"
+    run("dir")
+    assert answered["gpus"] == [None]
     run("--shapes", "file.json")
     assert answered["subject"] == "shapes"
 
@@ -56,6 +59,15 @@ def test_options_arrive(answered):
 def test_json_is_all_of_stdout(answered):
     found = json.loads(run("dir", "--json").stdout)
     assert found == {**DIAGNOSIS, "verdict": "loads"}
+
+
+def test_several_cards(answered):
+    answered["verdicts"] = ["loads", "does not load"]
+    done = run("dir", "--gpu", "80, here")
+    assert answered["gpus"] == ["80", None]
+    assert done.exit_code == 1 and done.stdout.count("dir: W3A16") == 2
+    found = json.loads(run("dir", "--gpu", "80,here", "--json").stdout)
+    assert [one["verdict"] for one in found] == answered["verdicts"]
 
 
 def test_text(answered):

@@ -17,10 +17,17 @@ def asked(monkeypatch):
     def ask(question):
         questions.append(question)
         target = {"simulated": True, "tensor_parallel": question["tensor_parallel"]}
-        return {"vllm": "0", "target": target, "unasked": None, "refused": None}
+        answer = {"vllm": "0", "target": target, "unasked": None, "refused": None}
+        return {"answers": [answer for _ in question["capabilities"]]}
 
     monkeypatch.setattr(diagnosis, "ask", ask)
     return questions
+
+
+def diagnose_shapes(path, gpu=None, tensor_parallel=1):
+    subject = diagnosis.read_shapes(path)
+    (found,) = diagnosis.diagnose_cards(subject, [gpu], tensor_parallel=tensor_parallel)
+    return found
 
 
 def write(tmp_path, value):
@@ -56,11 +63,11 @@ def test_question_about_shapes(tmp_path, asked):
     config = {**MODEL, "quantization_config": {**GPTQ, "modules_to_not_convert": ["head"]}}
     layers = {"model.up_proj": [128, 64], "lm_head": [100, 64]}
     path = write(tmp_path, {"config": config, "layers": layers})
-    found = diagnosis.diagnose_shapes(path, gpu="9.0", tensor_parallel=2)
+    found = diagnose_shapes(path, gpu="9.0", tensor_parallel=2)
     (question,) = asked
     assert question["sizes"] == {"model.up_proj": (128, 64), "lm_head": (100, 64)}
     assert question["quantized"] == ["model.up_proj"]
-    assert (question["capability"], question["tensor_parallel"]) == (90, 2)
+    assert (question["capabilities"], question["tensor_parallel"]) == ([90], 2)
     assert found["verdict"] == "unknown", "no layer was answered for"
     json.dumps(found)
 
@@ -82,13 +89,13 @@ def test_question_about_shapes(tmp_path, asked):
 )
 def test_shape_files_that_are_none(tmp_path, asked, value, says):
     with pytest.raises(UserError, match=says):
-        diagnosis.diagnose_shapes(write(tmp_path, value))
+        diagnose_shapes(write(tmp_path, value))
     assert asked == []
 
 
 def test_a_file_of_shapes_that_is_not_there(tmp_path, asked):
     with pytest.raises(UserError, match=r"--shapes: .*x\.json: no such file$"):
-        diagnosis.diagnose_shapes(tmp_path / "x.json")
+        diagnose_shapes(tmp_path / "x.json")
 
 
 def test_unquantized_folder(base):
@@ -102,11 +109,18 @@ def test_folder_with_weights_that_are_none(quantized):
         diagnosis.diagnose(quantized)
 
 
+def test_cards_are_asked_about_in_one_question(tmp_path, asked):
+    config = {**MODEL, "quantization_config": GPTQ}
+    path = write(tmp_path, {"config": config, "layers": {"a": [64, 64]}})
+    found = diagnosis.diagnose_cards(diagnosis.read_shapes(path), ["80", None, "sm120"])
+    assert len(found) == 3 and [q["capabilities"] for q in asked] == [[80, None, 120]]
+
+
 def test_ranks(tmp_path, asked):
     config = {**MODEL, "quantization_config": GPTQ}
     path = write(tmp_path, {"config": config, "layers": {"a": [64, 64]}})
     with pytest.raises(UserError, match="--tp: 0 is not positive"):
-        diagnosis.diagnose_shapes(path, tensor_parallel=0)
+        diagnose_shapes(path, tensor_parallel=0)
 
 
 def test_a_worker_that_dies_is_reported_with_its_cause(monkeypatch, tmp_path):

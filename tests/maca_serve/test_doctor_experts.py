@@ -90,7 +90,7 @@ def ask(capability=None, ranks=1, config=CONFIG, sizes=None, quantization=None, 
         "config": {**config, "quantization_config": quantization or integers(4, 64)},
         "sizes": sizes,
         "quantized": sorted(sizes),
-        "capability": capability,
+        "capabilities": [capability],
         "tensor_parallel": ranks,
         "variants": variants,
     }
@@ -102,7 +102,8 @@ def ask(capability=None, ranks=1, config=CONFIG, sizes=None, quantization=None, 
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    (answer,) = json.loads(done.stdout)["answers"]
+    return answer
 
 
 def of_experts(answer):

@@ -82,7 +82,7 @@ CHANGES = {
 }
 
 
-def question(capability, ranks):
+def question(capabilities, ranks):
     variants = [
         {"change": name, "quantization_config": q, "tensor_parallel": 1, "dtype": None}
         for name, q in CHANGES.items()
@@ -91,22 +91,22 @@ def question(capability, ranks):
         "config": {**MODEL, "quantization_config": integers(4)},
         "sizes": SIZES,
         "quantized": sorted(SIZES),
-        "capability": capability,
+        "capabilities": capabilities,
         "tensor_parallel": ranks,
         "variants": variants,
     }
 
 
-def ask(capability, ranks):
+def ask(capabilities, ranks):
     done = subprocess.run(
         [sys.executable, "-m", "maca_serve.doctor.worker"],
-        input=json.dumps(question(capability, ranks)),
+        input=json.dumps(question(capabilities, ranks)),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return json.loads(done.stdout)["answers"]
 
 
 def layer(entries, name):
@@ -120,8 +120,14 @@ def variant(answer, change):
 
 
 @pytest.fixture(scope="module")
-def here():
-    answer = ask(None, 1)
+def cards():
+    """This machine between two cards: none of them is what the one before it left."""
+    return ask([80, None, 120], 1)
+
+
+@pytest.fixture(scope="module")
+def here(cards):
+    answer = cards[1]
     if answer["target"]["capability"] is not None:
         pytest.skip("for a machine without a CUDA device")
     return answer
@@ -129,12 +135,23 @@ def here():
 
 @pytest.fixture(scope="module")
 def hopper():
-    return ask(90, 2)
+    (answer,) = ask([90], 2)
+    return answer
 
 
 @pytest.fixture(scope="module")
-def ampere():
-    return ask(80, 1)
+def ampere(cards):
+    return cards[0]
+
+
+def test_several_cards_are_asked_about_as_each_alone(cards):
+    assert [card["target"]["capability"] for card in cards] == [
+        80,
+        cards[1]["target"]["capability"],
+        120,
+    ]
+    (alone,) = ask([120], 1)
+    assert cards[2] == alone
 
 
 def test_modules_are_fused_as_the_model_does(here):

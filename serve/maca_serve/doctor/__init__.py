@@ -18,7 +18,7 @@ The other half runs in a process of its own, because it turns vLLM's platform in
 because vLLM prints to standard output:
 
     worker.py     reads the question of asking.py, writes the answer
-    selection.py  asks about every layer
+    selection.py  asks about every layer, on each card in a fork of its own (forking.py)
     simulation.py a card that is not here, and packages that are not here
     fusing.py     the layers that vLLM's model makes of the checkpoint's modules
     building.py   vLLM's own linear layer of one shape, without memory
@@ -29,6 +29,6 @@ because vLLM prints to standard output:
     experts_trace.py  the same for classes of experts
 """
 
-from maca_serve.doctor.diagnosis import diagnose, diagnose_shapes
+from maca_serve.doctor.diagnosis import diagnose, diagnose_cards, read_folder, read_shapes
 
-__all__ = ["diagnose", "diagnose_shapes"]
+__all__ = ["diagnose", "diagnose_cards", "read_folder", "read_shapes"]

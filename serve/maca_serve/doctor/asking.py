@@ -19,7 +19,7 @@ def ask(question: dict[str, Any]) -> dict[str, Any]:
     """Ask vLLM which kernels it would choose.
 
     Args:
-        question: see `maca_serve.doctor.worker`, which also describes the answer.
+        question: see `maca_serve.doctor.worker`, which also describes the answers.
 
     Raises:
         UserError: vLLM is not installed here, or does not answer.

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,16 @@ MAJORS = range(5, 13)
 _CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)a?", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is examined: a checkpoint's config and what is known of its tensors."""
+
+    name: str
+    config: dict[str, Any]
+    contents: Contents
+    scheme: str
+
+
 def diagnose(folder: str | Path, *, gpu: str | None = None, tensor_parallel: int = 1) -> Diagnosis:
     """Examine a checkpoint folder without loading weights.
 
@@ -35,32 +47,64 @@ def diagnose(folder: str | Path, *, gpu: str | None = None, tensor_parallel: int
         UserError: no checkpoint, not quantized, unreadable files, or a target that is none.
         EngineError: vLLM died over the question.
     """
+    return diagnose_cards(read_folder(folder), [gpu], tensor_parallel=tensor_parallel)[0]
+
+
+def diagnose_cards(
+    subject: Subject, gpus: Sequence[str | None], *, tensor_parallel: int = 1
+) -> list[Diagnosis]:
+    """The same for several cards, for which vLLM is imported once.
+
+    Args:
+        subject: from `read_folder` or `read_shapes`.
+        gpus: compute capabilities as `diagnose` takes them; None is this machine.
+        tensor_parallel: as `diagnose`.
+
+    Raises:
+        UserError: a target that is none.
+        EngineError: as `diagnose`.
+    """
+    if tensor_parallel < 1:
+        raise UserError(f"--tp: {tensor_parallel} is not positive")
+    question = {
+        "config": subject.config,
+        "sizes": subject.contents.sizes,
+        "quantized": sorted(subject.contents.quantized),
+        "capabilities": [None if gpu is None else parse_capability(gpu) for gpu in gpus],
+        "tensor_parallel": tensor_parallel,
+        "variants": variants(subject.config["quantization_config"], tensor_parallel),
+    }
+    return [
+        findings.describe(subject.name, subject.scheme, subject.config, subject.contents, answer)
+        for answer in ask(question)["answers"]
+    ]
+
+
+def read_folder(folder: str | Path) -> Subject:
+    """A checkpoint folder, its tensors checked against its scheme; no weights are loaded.
+
+    Raises:
+        UserError: no checkpoint, not quantized, or unreadable files.
+    """
     checkpoint = open_checkpoint(Path(folder))
     quantization = _quantization(checkpoint.config, str(folder))
     contents = check(read_headers(checkpoint.path), quantization)
-    return _diagnose(
-        str(folder), checkpoint.config, contents, gpu, tensor_parallel, checkpoint.scheme
-    )
+    return Subject(str(folder), checkpoint.config, contents, checkpoint.scheme)
 
 
-def diagnose_shapes(
-    file: str | Path, *, gpu: str | None = None, tensor_parallel: int = 1
-) -> Diagnosis:
-    """The same for a checkpoint that is only planned: kernels, without tensors to check.
+def read_shapes(file: str | Path) -> Subject:
+    """A checkpoint that is only planned: for kernels, without tensors to check.
 
     Args:
         file: JSON with `config`, a model config with `quantization_config`, and `layers`,
             {module name: [output features, input features]}.
-        gpu: as `diagnose`.
-        tensor_parallel: as `diagnose`.
 
     Raises:
-        UserError: as `diagnose`, or a file that is not such a JSON.
+        UserError: not such a JSON.
     """
-    config, sizes = _read_shapes(Path(file))
+    config, sizes = _read_sizes(Path(file))
     quantization = _quantization(config, f"{file}: config")
-    contents = check_sizes(sizes, quantization)
-    return _diagnose(str(file), config, contents, gpu, tensor_parallel, describe_scheme(config))
+    return Subject(str(file), config, check_sizes(sizes, quantization), describe_scheme(config))
 
 
 def parse_capability(text: str) -> int:
@@ -76,31 +120,6 @@ def parse_capability(text: str) -> int:
             " RTX 4090), 90 (H100, H200), 100 (B200) or 120 (RTX 5090)"
         )
     return 10 * int(match[1]) + int(match[2])
-
-
-def _diagnose(
-    subject: str,
-    config: dict[str, Any],
-    contents: Contents,
-    gpu: str | None,
-    tensor_parallel: int,
-    scheme: str,
-) -> Diagnosis:
-    if tensor_parallel < 1:
-        raise UserError(f"--tp: {tensor_parallel} is not positive")
-    capability = parse_capability(gpu) if gpu is not None else None
-    quantization = config["quantization_config"]
-    answer = ask(
-        {
-            "config": config,
-            "sizes": contents.sizes,
-            "quantized": sorted(contents.quantized),
-            "capability": capability,
-            "tensor_parallel": tensor_parallel,
-            "variants": variants(quantization, tensor_parallel),
-        }
-    )
-    return findings.describe(subject, scheme, config, contents, answer)
 
 
 def _quantization(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -123,7 +142,7 @@ def _quantization(config: dict[str, Any], where: str) -> dict[str, Any]:
     return quantization
 
 
-def _read_shapes(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+def _read_sizes(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
     if not file.is_file():
         raise UserError(f"--shapes: {file}: no such file")
     try:

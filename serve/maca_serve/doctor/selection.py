@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from maca_serve.doctor.attention import ask_attention
 from maca_serve.doctor.building import Linear, Subject, as_rank_of
 from maca_serve.doctor.experts import Experts, FusedExperts, gather, is_expert
 from maca_serve.doctor.experts_trace import recording_experts
+from maca_serve.doctor.forking import in_a_fork
 from maca_serve.doctor.fusing import Layer, fuse, model_class
 from maca_serve.doctor.hf_config import read_config
 from maca_serve.doctor.operators import missing_ops
@@ -32,12 +34,7 @@ def answer(question: dict[str, Any]) -> Answer:
     """See `maca_serve.doctor.worker`."""
     import vllm
     from vllm.model_executor.kernels import linear  # noqa: F401  (before the platform changes)
-    from vllm.platforms import current_platform
 
-    compiled = bool(current_platform.is_cuda())
-    here = capability_of(current_platform)
-    wanted = question["capability"]
-    simulated = wanted is not None and wanted != here
     # All that vLLM imports or computes once is done on the platform that it was built for.
     chooser, unasked = None, None
     try:
@@ -45,19 +42,35 @@ def answer(question: dict[str, Any]) -> Answer:
         chooser = _Chooser(question, model)
     except Exception as error:  # a class that does not import here may on the target
         unasked = one_line(error)
-    if simulated:
+
+    def about(wanted: int | None) -> Answer:
+        simulated, target = _become(wanted, question["tensor_parallel"])
+        found = {"refused": None} if chooser is None else chooser.answer(simulated)
+        return {"vllm": vllm.__version__, "target": target, "unasked": unasked, **found}
+
+    wanted = question["capabilities"]
+    if len(wanted) == 1:
+        return {"answers": [about(wanted[0])]}
+    return {"answers": [in_a_fork(partial(about, capability)) for capability in wanted]}
+
+
+def _become(wanted: int | None, tensor_parallel: int) -> tuple[bool, Answer]:
+    """Be a card of that capability from now on; whether it is simulated, and what it is."""
+    from vllm.platforms import current_platform
+
+    compiled = bool(current_platform.is_cuda())
+    simulated = wanted is not None and wanted != capability_of(current_platform)
+    if simulated and wanted is not None:
         simulate(wanted, compiled)
         if not compiled:
             assume_compiled(wanted)
-    target = {
+    return simulated, {
         "name": _target_name(current_platform),
         "capability": capability_of(current_platform),
         "simulated": simulated,
         "compiled_code_assumed": simulated and not compiled,
-        "tensor_parallel": question["tensor_parallel"],
+        "tensor_parallel": tensor_parallel,
     }
-    found = {"refused": None} if chooser is None else chooser.answer(simulated)
-    return {"vllm": vllm.__version__, "target": target, "unasked": unasked, **found}
 
 
 class _Chooser:

@@ -6,15 +6,15 @@ prints goes to stderr. The question:
     config          model config with `architectures` and `quantization_config`
     sizes           {module: [output features, input features]} by the checkpoint's names
     quantized       names of the modules that are stored quantized
-    capability      of the card to ask about, 90 for 9.0; null for this machine
+    capabilities    of the cards to ask about, 90 for 9.0; null for this machine
     tensor_parallel size of the tensor-parallel group
     variants        [{"change", "quantization_config", "tensor_parallel", "dtype"}] to try as well
 
-Variants are tried on one layer of each look. The answer has `vllm`, `target`, `unasked`
-(why the model's layers are not known, or null), `refused` (why vLLM would not even start, or null),
-`layers`, one entry for each of vLLM's layers, `unasked_experts` ([{"reason", "modules"}]),
-`attention` (see `maca_serve.doctor.attention`, null where not asked), and `variants`, with the
-layers of each.
+Variants are tried on one layer of each look. The answer is {"answers": [one for each card]}, for
+which vLLM is imported once. Each has `vllm`, `target`, `unasked` (why the model's layers are not
+known, or null), `refused` (why vLLM would not even start, or null), `layers`, one entry for each of
+vLLM's layers, `unasked_experts` ([{"reason", "modules"}]), `attention` (see
+`maca_serve.doctor.attention`, null where not asked), and `variants`, with the layers of each.
 """
 
 import json
@@ -30,8 +30,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import torch
+
     from maca_serve.doctor.selection import answer
 
+    torch.set_num_threads(1)  # more would be missing in a fork
     json.dump(answer(json.load(sys.stdin)), answers)
     answers.flush()
 
