@@ -59,7 +59,10 @@ METHODS = {
     },
     "hs-mixed-p1": (SEARCHED, {"scales": MIXED}),
     "hs-mixed-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": MIXED}),
-    "hs-mixed-p1-first4": ({**SEARCHED, SINK: 4.0}, {"scales": MIXED}),
+    **{
+        f"hs-mixed-p1-first{weight:g}": ({**SEARCHED, SINK: weight}, {"scales": MIXED})
+        for weight in (4.0, 16.0, 64.0)
+    },
     "hs-mixed-p0-first4": ({**GPTQ, **SEARCHED, SINK: 4.0}, {"scales": MIXED}),
     "hs-mixed-p1-first4-damp0.001": (
         {**SEARCHED, SINK: 4.0, "dampening_frac": 0.001},
@@ -104,6 +107,8 @@ EFFECTS = (
     ("scales by Hessian", "gptq-128", "hs-gptq-128"),
     ("scales by Hessian", "mixed-p1", "hs-mixed-p1"),
     ("first token x 4, several lengths", "hs-mixed-p1", "hs-mixed-p1-first4"),
+    ("first token x 16, not x 4", "hs-mixed-p1-first4", "hs-mixed-p1-first16"),
+    ("first token x 64, not x 4", "hs-mixed-p1-first4", "hs-mixed-p1-first64"),
     ("first token x 16, length 2048", "gptq-2048", "gptq-2048-first16"),
     ("first token x 64, length 2048", "gptq-2048", "gptq-2048-first64"),
     ("first token x 64, length 2048", "hs-gptq-2048", "hs-2048-first64"),
