@@ -16,7 +16,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -101,15 +102,15 @@ def reference(model: str, judging: Judging, questions: int) -> Reference:
     )
 
 
-def run_cell(cell: dict, model: str, judging: Judging, questions: int) -> dict:
-    """Quantize and evaluate one cell."""
-    base = reference(model, judging, questions)
+@contextmanager
+def quantized(cell: dict, model: str) -> Iterator[Path]:
+    """A cell's checkpoint, as long as it is needed."""
     fields, data = METHODS[cell["method"]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = folder / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(recipe_of(cell["scheme"], fields)))
-        checkpoint = maca_llmc.quantize(
+        yield maca_llmc.quantize(
             folder / "checkpoint",
             model=model,
             recipe=recipe,
@@ -118,6 +119,12 @@ def run_cell(cell: dict, model: str, judging: Judging, questions: int) -> dict:
             seed=cell["seed"],
             **data,
         )
+
+
+def run_cell(cell: dict, model: str, judging: Judging, questions: int) -> dict:
+    """Quantize and evaluate one cell."""
+    base = reference(model, judging, questions)
+    with quantized(cell, model) as checkpoint:
         run = json.loads((checkpoint / record.RECORD_FILE).read_text())
         results = base.compare(checkpoint)
     return {

@@ -166,7 +166,7 @@ class Reference:
             "special_prefix": prefix,
         }
         self._logits: dict[int, list[torch.Tensor]] = {length: [] for length in lengths}
-        model = _load(source, self._device)
+        model = load_dequantized(source, self._device)
         for length, _, logits in self._answers(model, "base"):
             self._logits[length].append(logits)
         self.own = self._entry("base", source, self._replayed(), model)
@@ -174,7 +174,7 @@ class Reference:
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """Name, path, ``kl`` and ``perplexity`` by length, and ``tasks``, of a checkpoint."""
-        model = _load(str(folder), self._device)
+        model = load_dequantized(str(folder), self._device)
         answers = self._answers(model, folder.name)
         return self._entry(folder.name, str(folder), answers, model)
 
@@ -291,7 +291,11 @@ def _check_lengths(lengths: Sequence[int], least: int, context: int | None) -> N
         )
 
 
-def _load(source: str, device: torch.device) -> Any:
+def load_dequantized(source: str, device: torch.device) -> Any:
+    """A model in bfloat16, quantized or not; what was quantized is computed with at 16 bits.
+
+    :param source: folder or hub name, see ``models.resolve_model``
+    """
     config = models.read_config(source)
     quantized = getattr(config, "quantization_config", None) is not None
     extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
