@@ -16,8 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -102,29 +101,27 @@ def reference(model: str, judging: Judging, questions: int) -> Reference:
     )
 
 
-@contextmanager
-def quantized(cell: dict, model: str) -> Iterator[Path]:
-    """A cell's checkpoint, as long as it is needed."""
+def quantize(cell: dict, model: str, folder: Path) -> Path:
+    """Make a cell's checkpoint in a folder that exists."""
     fields, data = METHODS[cell["method"]]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(recipe_of(cell["scheme"], fields)))
-        yield maca_llmc.quantize(
-            folder / "checkpoint",
-            model=model,
-            recipe=recipe,
-            data=CALIBRATION,
-            tokens=TOKENS,
-            seed=cell["seed"],
-            **data,
-        )
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of(cell["scheme"], fields)))
+    return maca_llmc.quantize(
+        folder / "checkpoint",
+        model=model,
+        recipe=recipe,
+        data=CALIBRATION,
+        tokens=TOKENS,
+        seed=cell["seed"],
+        **data,
+    )
 
 
 def run_cell(cell: dict, model: str, judging: Judging, questions: int) -> dict:
     """Quantize and evaluate one cell."""
     base = reference(model, judging, questions)
-    with quantized(cell, model) as checkpoint:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = quantize(cell, model, Path(folder))
         run = json.loads((checkpoint / record.RECORD_FILE).read_text())
         results = base.compare(checkpoint)
     return {

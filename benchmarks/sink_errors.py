@@ -1,11 +1,12 @@
 """What quantization does to the first token, an attention sink, and to all others, layer by layer.
 
-    .venv/bin/python benchmarks/sink_errors.py --models FOLDER --methods gptq-2048 hs-gptq-2048
+    .venv/bin/python benchmarks/sink_errors.py CHECKPOINTS --methods gptq-2048 hs-gptq-2048
 
 For each method of the grid (``accuracy_arms.py``) the model is quantized as ``accuracy.py`` does,
-and run on windows of the evaluation text. After each layer: the norm of the hidden state at the
-first position against the base model's, and squared error over squared norm, at the first position
-and (averaged over tokens) at all others. Adds to ``benchmarks/results/sink_errors.json``.
+into a folder of CHECKPOINTS where it is not there yet, and run on windows of the evaluation text.
+After each layer: the norm of the hidden state at the first position against the base model's, and
+squared error over squared norm, at the first position and (averaged over tokens) at all others.
+Adds to ``benchmarks/results/sink_errors.json``.
 """
 
 import argparse
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import EVALUATION, quantized
-from accuracy_arms import HERE, METHODS, SCHEMES
+from accuracy import EVALUATION, quantize
+from accuracy_arms import HERE, KEY, METHODS, SCHEMES
 
 from maca_llmc import models, record
 from maca_llmc.data import build_calibration_set
@@ -54,7 +55,7 @@ def compare(base: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     }
 
 
-def measure(model: str, scheme: str, methods: list[str], seed: int) -> dict[str, list[dict]]:
+def measure(model: str, cells: list[dict], checkpoints: Path) -> dict[str, list[dict]]:
     """By method, each layer's errors."""
     source = models.resolve_model(model)
     tokenizer = models.load_tokenizer(source)
@@ -66,28 +67,36 @@ def measure(model: str, scheme: str, methods: list[str], seed: int) -> dict[str,
 
     base = run(source)
     found = {}
-    for method in methods:
-        with quantized({"scheme": scheme, "method": method, "seed": seed}, model) as checkpoint:
-            found[method] = [compare(*pair) for pair in zip(base, run(checkpoint), strict=True)]
-        print(method, json.dumps(found[method][-1]), flush=True)
+    for cell in cells:
+        folder = checkpoints / "-".join(str(cell[key]) for key in KEY)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = folder / "checkpoint"
+        if not checkpoint.exists():
+            quantize(cell, model, folder)
+        found[cell["method"]] = [compare(*pair) for pair in zip(base, run(checkpoint), strict=True)]
     return found
 
 
 def main() -> None:
     """Measure and add to the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["smollm2-135m-instruct"])
+    parser.add_argument("checkpoints", type=Path, help="folder to keep checkpoints in")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--scheme", default="w3-g32", choices=SCHEMES)
     parser.add_argument("--methods", nargs="+", required=True, choices=METHODS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     content = json.loads(RESULT.read_text()) if RESULT.exists() else {"layers": {}}
-    for model in arguments.models:
-        name = f"{Path(model).name} {arguments.scheme} seed {arguments.seed}"
-        found = measure(model, arguments.scheme, arguments.methods, arguments.seed)
-        content["layers"].setdefault(name, {}).update(found)
-        content |= {"machine": record.machine(), "versions": record.versions()}
-        RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    model = Path(arguments.model).name
+    cells = [
+        dict(zip(KEY, (model, arguments.scheme, method, arguments.seed), strict=True))
+        for method in arguments.methods
+    ]
+    found = measure(arguments.model, cells, arguments.checkpoints)
+    name = f"{model} {arguments.scheme} seed {arguments.seed}"
+    content["layers"].setdefault(name, {}).update(found)
+    content |= {"machine": record.machine(), "versions": record.versions()}
+    RESULT.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
