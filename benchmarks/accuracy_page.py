@@ -159,6 +159,19 @@ def zero_shot_table(groups: dict[tuple[str, str], Cells]) -> str:
     return markdown([["checkpoint", "seeds", *names, "mean"], *rows])
 
 
+def sink_table() -> str:
+    """What quantization does to the first token and to the others, after the middle layer."""
+    found = json.loads((HERE / "results" / "sink_errors.json").read_text())["layers"]
+    head = ["model", "method", "norm of the first token", "its error", "error of the others"]
+    rows = []
+    for model, methods in found.items():
+        for method, layers in methods.items():
+            middle = layers[len(layers) // 2]
+            rows.append([model, method, f"{middle['norm_first']:.2f}"])
+            rows[-1] += [f"{middle[key]:.2g}" for key in ("error_first", "error_others")]
+    return markdown([head, *rows])
+
+
 def scale_table() -> str:
     """What scales are best chosen by, in single layers."""
     found = json.loads((HERE / "results" / "scale_costs.json").read_text())["ratios"]
@@ -235,6 +248,7 @@ def main() -> None:
             targets_reached=markdown(target_rows(groups, compared)),
             zero_shot=zero_shot_table(groups),
             scales=scale_table(),
+            sink=sink_table(),
             methods=method_list({cell["method"] for cell in cells}),
         ),
         *(

@@ -1,5 +1,5 @@
 import pytest
-from maca_serve.doctor.traps import false_yes, half_a_tile, torn_tiles
+from maca_serve.doctor.traps import false_yes, half_a_tile, torn_groups, torn_tiles
 
 INT8 = "CutlassInt8ScaledMMLinearKernel"
 
@@ -39,3 +39,21 @@ def test_experts_in_tiles(kernel, partition, fails):
     assert (found is not None) == fails
     if found:
         assert found.severity == "error" and found.modules == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group_size", "fails"),
+    [
+        ("CPUExpertsInt4", 192, True),
+        ("CPUExpertsInt4", 160, True),
+        ("CPUExpertsInt4", 96, False),
+        ("CPUExpertsInt4", 256, False),
+        ("CPUExpertsInt4", None, False),
+        ("CPUWNA16LinearKernel", 192, False),
+    ],
+)
+def test_groups_of_experts(kernel, group_size, fails):
+    found = torn_groups(kernel, group_size, "x")
+    assert (found is not None) == fails
+    if found:
+        assert found.severity == "error" and "at most 128" in found.cure

@@ -8,7 +8,14 @@ from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.doctor.simulation import PACKAGES
 from maca_serve.doctor.speeds import no_faster
 from maca_serve.doctor.straddling import torn_words
-from maca_serve.doctor.traps import REQUANTIZES, false_yes, half_a_tile, rounds_inputs, torn_tiles
+from maca_serve.doctor.traps import (
+    REQUANTIZES,
+    false_yes,
+    half_a_tile,
+    rounds_inputs,
+    torn_groups,
+    torn_tiles,
+)
 
 Entry = dict[str, Any]
 # To be replaced where no change that was tried helps.
@@ -34,7 +41,7 @@ def layer_problems(
         *_of_kernel(entry, answer, here),
         *_of_compiled_code(entry, answer, here),
         *_of_second_choices(entry, config),
-        *_of_words(entry, config),
+        *_of_scheme(entry, config),
         *_of_ranks(entry, answer),
     ]
 
@@ -126,11 +133,14 @@ def _quantizes_inputs(config: dict[str, Any]) -> bool:
     return any(group.get("input_activations") for group in groups)
 
 
-def _of_words(entry: Entry, config: dict[str, Any]) -> Iterator[Problem]:
+def _of_scheme(entry: Entry, config: dict[str, Any]) -> Iterator[Problem]:
+    """Groups and words that the chosen code reads wrongly."""
     find = scheme_finder(config["quantization_config"])
     scheme = find(entry["parts"][0]) if find else None
     if scheme is None:
         return
+    if torn := torn_groups(entry["kernel"] or "", scheme.group_size, entry["layer"]):
+        yield torn
     # Experts have two matrices, of which the second is cut along its input.
     for matrix in (entry, entry | (entry.get("down") or {})):
         if torn := torn_words(matrix, scheme):

@@ -5,6 +5,8 @@ from maca_serve.doctor.checks import Problem
 # Kernel: (compute capability from which its compiled code refuses, what is known about it).
 # Python accepts int8 on Blackwell, C++ answers "Int8 not supported on SM120" at the first token.
 REFUSES_FROM = {"CutlassInt8ScaledMMLinearKernel": (100, "vLLM issue 54311")}
+# Inputs that the 4-bit code of these experts packs together.
+BLOCK = 128
 # Experts of 4-bit weights whose compiled code computes in 8 bits (vLLM 0.32, `INT4_W4A8` in
 # cpu_moe.py), whatever VLLM_CPU_INT4_W4A8 says.
 INT4_EXPERTS = "CPUExpertsInt4"
@@ -66,6 +68,28 @@ def torn_tiles(kernel: str, partition: list[int], layer: str) -> Problem | None:
         return None
     what = f"{kernel} works in tiles of 32, which do not divide {torn[0]}: its answers are nonsense"
     return Problem("error", what, "leave the experts out of the recipe (`ignore`)", [layer])
+
+
+def torn_groups(kernel: str, group_size: int | None, layer: str) -> Problem | None:
+    """The problem with groups that do not end where blocks of vLLM's 4-bit AMX code do.
+
+    It takes 128 inputs at a time. Held to their dequantized weights (vLLM 0.32), groups of 8 to 128
+    were right, and 256, 384 and 512; 192 gave NaN; 160 and 224 died as they were packed.
+
+    Args:
+        kernel: the experts class's name.
+        group_size: None for one scale per channel.
+        layer: where it would run.
+    """
+    if (
+        kernel != INT4_EXPERTS
+        or group_size is None
+        or group_size <= BLOCK
+        or not group_size % BLOCK
+    ):
+        return None
+    what = f"{kernel} takes {BLOCK} inputs at a time, which groups of {group_size} tear apart: NaN"
+    return Problem("error", what, f"quantize with groups of at most {BLOCK}", [layer])
 
 
 def rounds_inputs(kernel: str, layer: str) -> Problem | None:
