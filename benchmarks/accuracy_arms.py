@@ -96,7 +96,7 @@ EFFECTS = (
     ("each sequence one sample (MaCa as we read it)", "mixed-p0", "mixed-p1"),
     ("half of that (p = 1/2)", "mixed-p0", "mixed-p0.5"),
     ("both of these", "gptq-2048", "mixed-p1"),
-    ("each sequence one sample, in the default", "hs-mixed-p0-first4", "hs-mixed-p1-first4"),
+    ("each sequence one sample, first token x 4", "hs-mixed-p0-first4", "hs-mixed-p1-first4"),
     ("equally many windows of each length, not tokens", "mixed-p1", "mixed-counts-p1"),
     ("whole documents instead of windows", "mixed-p1", "documents-p1"),
     ("short sequences, tokens alike", "gptq-2048", "gptq-512"),
