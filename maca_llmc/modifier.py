@@ -50,13 +50,13 @@ class MaCaModifier(GPTQModifier):
         model whose positions do not depend on the length, and refuses any other.
     :param first_token_weight: how many times the weight of its sequence's tokens the first one
         gets, above 0. It is an attention sink in most models: what goes wrong with it goes wrong
-        everywhere. 4 (the default) is what helped or did no harm wherever it was tried (see
-        ``benchmarks/ACCURACY.md``); 1 leaves it alone.
+        everywhere. 4 (the default) is what helped or did no harm wherever it was tried, 16 was
+        better on Gemma 3 (see ``benchmarks/ACCURACY.md``); 1 leaves it alone.
     :param hessian_scales: choose the scale of each group by what rounding costs under the Hessian
         (see ``scales.py``) instead of by the range of its weights: of integers by group or channel,
         where the recipe names no observer of its own. False leaves scales to observers. It took
-        away a quarter to a half of the KL divergence on two models and added a quarter on a third
-        (``benchmarks/ACCURACY.md``): measure on yours.
+        away a quarter to a half of the KL divergence on two models and added a quarter on a third,
+        whose first token it harms (``benchmarks/ACCURACY.md``): measure on yours.
     :param gptaq_alpha: above 0 it is GPTAQ (arXiv 2504.02692): weights also make up for what their
         inputs have become behind the quantized layers before them, wholly at 1. It takes the
         pipeline "maca", one rank, integers by group or channel, and about three times the forward
