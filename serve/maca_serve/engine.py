@@ -250,7 +250,10 @@ def _healthy(url: str) -> bool:
     connection = HTTPConnection(where.hostname or "", where.port, timeout=2.0)
     try:
         connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        answer = connection.getresponse()
+        # Closing with an unread body resets the connection, and servers log that as an error.
+        answer.read()
+        return answer.status == 200
     except (OSError, HTTPException):
         return False
     finally:

@@ -29,6 +29,8 @@ _NOISE = ("resource_tracker", "warnings.warn(", "nanobind", " - leaked ", " - ..
 _TAIL_WIDTH = 300
 # What the parent processes say about a child's error, whose own line stands earlier.
 _SECOND_HAND = ("Engine core initialization failed", "Worker failed with error", "EngineCore")
+# What the other end of a connection sees of a death, or of a client that went away before it.
+_DISCONNECTED = ("ConnectionResetError", "ConnectionAbortedError", "BrokenPipeError")
 
 
 def find_kernels(lines: list[str]) -> list[str]:
@@ -76,9 +78,11 @@ def find_cache(lines: list[str]) -> tuple[int | None, int | None]:
 def find_cause(lines: list[str]) -> str | None:
     """The first exception that is not second-hand, as `Type: message`, or None.
 
-    A killed worker counts as one, and so does a flag that vLLM does not take.
+    A killed worker counts as one, and so does a flag that vLLM does not take; a broken connection
+    only where nothing else is named.
     """
     stripped = [_PREFIX.sub("", line).strip() for line in lines]
+    disconnected = None
     for number, line in enumerate(stripped):
         if plain := _KILLED.match(line) or _USAGE.match(line):
             return plain["message"]
@@ -89,8 +93,11 @@ def find_cause(lines: list[str]) -> str | None:
         if match["type"] == "ValidationError" and number + 1 < len(stripped):
             # pydantic's first line only counts the errors; the next ones name them.
             message = " ".join(stripped[number + 1 : number + 3])
-        return f"{match['type']}: {message}"
-    return None
+        cause = f"{match['type']}: {message}"
+        if match["type"] not in _DISCONNECTED:
+            return cause
+        disconnected = disconnected or cause
+    return disconnected
 
 
 def tail(lines: list[str], count: int) -> list[str]:

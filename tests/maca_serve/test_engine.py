@@ -1,6 +1,7 @@
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -74,6 +75,21 @@ def test_silent_start_is_given_up(fake_vllm, engine, monkeypatch, alive):
     with pytest.raises(EngineError, match="said nothing for"):
         engine.__enter__()
     assert not alive(worker_of(engine))
+
+
+def test_asking_for_health_resets_no_connection():
+    """Servers log a reset as an error, which then reads as the cause of a later death."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as asking:
+        port = server.getsockname()[1]
+        healthy = asking.submit(module._healthy, f"http://127.0.0.1:{port}")
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            # more than a client reads at once when it only wants the status
+            body = bytes(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            assert healthy.result()
+            assert connection.recv(4096) == b""
 
 
 def test_death_in_use_is_reported_with_its_cause(fake_vllm, engine, alive):

@@ -86,6 +86,14 @@ def test_a_killed_worker_is_the_cause_of_what_follows():
     assert find_cause(lines) == "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
 
 
+def test_a_broken_connection_is_a_cause_only_where_nothing_else_is_named():
+    reset = CORE + "ConnectionResetError: [Errno 104] Connection reset by peer"
+    assert find_cause([reset, CORE + "MemoryError: no room"]) == "MemoryError: no room"
+    assert find_cause([reset, CORE + "BrokenPipeError: x"]) == (
+        "ConnectionResetError: [Errno 104] Connection reset by peer"
+    )
+
+
 def test_memory_of_the_cache():
     tokens = CORE + "%s KV cache size: 46,592 tokens, Maximum concurrency for 8,192 tokens: 5.69x"
     cpu = [WORKER + "Explicitly set (1.5/23.54) GiB for KV cache on node 0.", tokens % "CPU"]
