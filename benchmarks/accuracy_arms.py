@@ -54,39 +54,45 @@ METHODS = {
     "mse-gptq-2048": ({**GPTQ, "observer": "memoryless_mse"}, {"scales": (2048,)}),
     # with scales searched under the Hessian
     **{
-        f"hs-gptq-{length}": ({**GPTQ, **SEARCHED}, {"scales": (length,)})
+        f"hs2-gptq-{length}": ({**GPTQ, **SEARCHED}, {"scales": (length,)})
         for length in (128, 512, 2048)
     },
-    "hs-mixed-p1": (SEARCHED, {"scales": MIXED}),
-    "hs-mixed-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": MIXED}),
+    "hs2-mixed-p1": (SEARCHED, {"scales": MIXED}),
+    "hs2-mixed-p1-damp0.001": ({**SEARCHED, "dampening_frac": 0.001}, {"scales": MIXED}),
     **{
-        f"hs-mixed-p1-first{weight:g}": ({**SEARCHED, SINK: weight}, {"scales": MIXED})
+        f"hs2-mixed-p1-first{weight:g}": ({**SEARCHED, SINK: weight}, {"scales": MIXED})
         for weight in (4.0, 16.0, 64.0)
     },
-    "hs-mixed-p0-first4": ({**GPTQ, **SEARCHED, SINK: 4.0}, {"scales": MIXED}),
-    "hs-mixed-p1-first4-damp0.001": (
+    "hs2-mixed-p0-first4": ({**GPTQ, **SEARCHED, SINK: 4.0}, {"scales": MIXED}),
+    "hs2-mixed-p1-first4-damp0.001": (
         {**SEARCHED, SINK: 4.0, "dampening_frac": 0.001},
         {"scales": MIXED},
     ),
-    "hs-short-p1": (SEARCHED, {"scales": SHORT}),
-    "hs-512-first16": ({**GPTQ, **SEARCHED, SINK: 16.0}, {"scales": (512,)}),
-    "hs-2048-first64": ({**GPTQ, **SEARCHED, SINK: 64.0}, {"scales": (2048,)}),
-    "hs-128-damp0.001": ({**GPTQ, **SEARCHED, "dampening_frac": 0.001}, {"scales": (128,)}),
+    "hs2-short-p1": (SEARCHED, {"scales": SHORT}),
+    "hs2-512-first16": ({**GPTQ, **SEARCHED, SINK: 16.0}, {"scales": (512,)}),
+    "hs2-2048-first64": ({**GPTQ, **SEARCHED, SINK: 64.0}, {"scales": (2048,)}),
+    "hs2-128-damp0.001": ({**GPTQ, **SEARCHED, "dampening_frac": 0.001}, {"scales": (128,)}),
     # and with GPTAQ
     **{
-        f"hs-gptaq{prefix}-128-damp0.001": (
+        f"hs2-gptaq{prefix}-128-damp0.001": (
             {**GPTQ, **SEARCHED, "dampening_frac": 0.001, "gptaq_alpha": alpha},
             {"scales": (128,)},
         )
         for prefix, alpha in (("0.25", 0.25), ("", 1.0))
     },
-    "hs-gptaq0.25-mixed-p1-first4": (
+    "hs2-gptaq0.25-mixed-p1-first4": (
         {**SEARCHED, SINK: 4.0, "gptaq_alpha": 0.25},
         {"scales": MIXED},
     ),
 }
-DEFAULT = "hs-mixed-p1-first4"
+DEFAULT = "hs2-mixed-p1-first4"
 """What ``maca-llmc quantize`` does when it is not told otherwise."""
+
+EARLIER = {
+    name.replace("hs2-", "hs-"): method for name, method in METHODS.items() if "hs2-" in name
+}
+"""Scales searched by what errors of columns cost one by one, as up to commit aad8173: cells that
+stay for comparison and cannot be run any more."""
 
 BASELINES = ("gptq-512", "gptq-2048", "gptq-128")
 
@@ -109,6 +115,9 @@ EFFECTS = (
     ("first token x 4, several lengths", "hs-mixed-p1", "hs-mixed-p1-first4"),
     ("first token x 16, not x 4", "hs-mixed-p1-first4", "hs-mixed-p1-first16"),
     ("first token x 64, not x 4", "hs-mixed-p1-first4", "hs-mixed-p1-first64"),
+    ("what shrinks together counts", "hs-mixed-p1-first4", "hs2-mixed-p1-first4"),
+    ("what shrinks together counts", "hs-mixed-p1-first16", "hs2-mixed-p1-first16"),
+    ("first token x 16, not x 4", "hs2-mixed-p1-first4", "hs2-mixed-p1-first16"),
     ("first token x 16, length 2048", "gptq-2048", "gptq-2048-first16"),
     ("first token x 64, length 2048", "gptq-2048", "gptq-2048-first64"),
     ("first token x 64, length 2048", "hs-gptq-2048", "hs-2048-first64"),

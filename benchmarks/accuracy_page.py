@@ -13,6 +13,7 @@ from accuracy_arms import (
     BASELINES,
     CONTEXTS,
     DEFAULT,
+    EARLIER,
     EFFECTS,
     HERE,
     LENGTHS,
@@ -206,7 +207,7 @@ def plot(groups: dict[tuple[str, str], Cells]) -> str:
 def method_list(used: set[str]) -> str:
     """What each method is."""
     rows = [["method", "fields", "calibration data"]]
-    for name, (fields, data) in METHODS.items():
+    for name, (fields, data) in {**METHODS, **EARLIER}.items():
         if name in used:
             shown = [", ".join(f"{k}: {v}" for k, v in part.items()) for part in (fields, data)]
             rows.append([name, shown[0] or "defaults", shown[1]])

@@ -22,6 +22,7 @@ from maca_llmc.data import build_calibration_set
 from maca_llmc.defaults import MODEL
 from maca_llmc.hessian import add_rows, mirror
 from maca_llmc.llmcompressor_api import gptq_block_update
+from maca_llmc.losses import row_energies
 from maca_llmc.scales import column_costs, search_scales
 from maca_llmc.solve import Factor, factorize, sweep
 
@@ -63,13 +64,17 @@ def scales_of(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Scales and zero points by what they are chosen for."""
     groups = weight.unflatten(1, (-1, args.group_size))
+    variances = column_costs(factor.upper, factor.order)
+    together = row_energies(weight.float(), hessian)
+    none = torch.zeros_like(together)  # no more than the columns' own
     costs = {
-        "squared error of the weights": torch.ones(len(hessian)),
-        "diagonal of H": hessian.diagonal(),
-        "conditional variance, 1 / U_jj^2": column_costs(factor.upper, factor.order),
+        "squared error of the weights": (torch.ones(len(hessian)), none),
+        "diagonal of H": (hessian.diagonal(), none),
+        "conditional variance, 1 / U_jj^2": (variances, none),
+        "the same, and what shrinks together": (variances, together),
     }
     found = {"range (min-max)": calculate_qparams(groups.amin(-1), groups.amax(-1), args)}
-    return found | {name: search_scales(weight, cost, args) for name, cost in costs.items()}
+    return found | {name: search_scales(weight, *cost, args) for name, cost in costs.items()}
 
 
 def relative_error(

@@ -56,8 +56,8 @@ def hessian_flops(tokens: int, width: int) -> float:
 
 
 def search_flops(weights: int) -> float:
-    """Multiply, shift, round, clamp, subtract, weigh and sum, for each scale that is tried."""
-    return float(weights * CANDIDATES * 8)
+    """Multiply, shift, round, clamp, subtract, weigh and sum twice, for each scale tried."""
+    return float(weights * CANDIDATES * 10)
 
 
 def probe(config: Any, width: int, device: torch.device) -> Speeds:
@@ -80,7 +80,8 @@ def probe(config: Any, width: int, device: torch.device) -> Speeds:
     costs = column_costs(factor.upper, factor.order)
     columns = tried - tried % SEARCHED.group_size
     part = weights[0, :, :columns].to(dtype)
-    searching = _seconds(lambda: search_scales(part, costs[:columns], SEARCHED), device)
+    energies = part.float().square().sum(dim=1)
+    searching = _seconds(lambda: search_scales(part, costs[:columns], energies, SEARCHED), device)
     return Speeds(
         forward=_forward_speed(config, device),
         hessian=hessian_flops(len(rows), tried) / adding,

@@ -5,7 +5,14 @@ is when its turn comes and U the Cholesky factor of the dampened inverse Hessian
 section 3; ``1 / U_jj^2`` is the variance of input j that the columns after it cannot make up for).
 So that is what a step of one column costs, and what the range of a group is searched by here, on
 the weights as they are at the start. The diagonal of H itself is a worse guide: it counts what the
-later columns will compensate. What was measured is in ``benchmarks/ACCURACY.md``.
+later columns will compensate.
+
+That sum takes the columns' errors for independent. One part of them never is: what a scale does to
+all weights of its group at once. A range that clips makes them smaller by a common share s, and the
+next group's does the same, so that the error is ``-s w`` and costs ``s^2 w H w^T``, several times
+what the sum says. The share of a group is ``<w - q, w> / <w, w>`` under the costs, and counts by
+the row's own ratio of the two. Without this all outputs shrink together, which some models bear and
+others do not. What was measured is in ``benchmarks/ACCURACY.md``.
 
 A symmetric scheme of b bits has one code more below zero than above. The sign of the scale says
 which side of a group gets it, so both signs are tried: at 3 bits the codes -4 to 3 then reach as
@@ -62,12 +69,16 @@ def column_costs(upper: torch.Tensor, order: torch.Tensor | None) -> torch.Tenso
 
 @torch.no_grad()
 def search_scales(
-    weight: torch.Tensor, costs: torch.Tensor, args: QuantizationArgs
+    weight: torch.Tensor,
+    costs: torch.Tensor,
+    energies: torch.Tensor,
+    args: QuantizationArgs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the scale of each group of columns that costs least.
 
     :param weight: ``[rows, d]``, in the dtype that scales are stored in
     :param costs: ``[d]``, of a squared error of each column
+    :param energies: ``[rows]``, ``w H w^T`` of each
     :param args: integers, by group or channel
     :return: scale and zero point, ``[rows, d / group_size]`` (``[rows, 1]`` by channel), as
         llm-compressor's observers give them
@@ -76,9 +87,50 @@ def search_scales(
     groups = weight.unflatten(1, (-1, size))
     by_group = costs.view(-1, size)
     rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
-    found = [_search(part, by_group, args) for part in groups.split(rows)]
+    found = [
+        _search(part, _Cost.of(part.float(), by_group, energy), args)
+        for part, energy in zip(groups.split(rows), energies.split(rows), strict=True)
+    ]
     scales, zero_points = zip(*found, strict=True)
     return torch.cat(scales), torch.cat(zero_points)
+
+
+@dataclass
+class _Cost:
+    """What rounding some rows costs, by group.
+
+    Attributes:
+        wanted: ``[rows, groups, size]``, the weights.
+        columns: ``[groups, size]``, cost of a squared error of each column.
+        along: ``[rows, groups, size]``, its product with an error is the part along the weights.
+        common: ``[rows, groups]``, what the square of that part costs beyond the columns' own.
+    """
+
+    wanted: torch.Tensor
+    columns: torch.Tensor
+    along: torch.Tensor
+    common: torch.Tensor
+
+    @classmethod
+    def of(cls, wanted: torch.Tensor, columns: torch.Tensor, energies: torch.Tensor) -> "_Cost":
+        along = wanted * columns
+        own = torch.linalg.vecdot(along, wanted).clamp_min_(torch.finfo(torch.float32).tiny)
+        ratios = energies / own.sum(dim=1)
+        return cls(wanted, columns, along, (ratios - 1).clamp_min_(0).unsqueeze(1) / own)
+
+    def __call__(
+        self, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantizationArgs
+    ) -> torch.Tensor:
+        """``[rows, groups]``"""
+        low, high = calculate_range(args, "cpu")
+        steps = scale.float()
+        scaled = self.wanted * steps.reciprocal().unsqueeze(-1)
+        if not args.symmetric:
+            scaled += zero_point.unsqueeze(-1)
+        error = scaled.round().clamp_(float(low), float(high)).sub_(scaled)
+        common = torch.linalg.vecdot(error, self.along).square_().mul_(self.common)
+        own = torch.linalg.vecdot(error * self.columns, error)
+        return own.add_(common).mul_(steps.square())
 
 
 @dataclass
@@ -97,9 +149,8 @@ class _Best:
 
 
 def _search(
-    weight: torch.Tensor, costs: torch.Tensor, args: QuantizationArgs
+    weight: torch.Tensor, cost: _Cost, args: QuantizationArgs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wanted = weight.float()
     lowest, highest = torch.aminmax(weight, dim=-1)
     signs = (1, -1) if args.symmetric and args.num_bits <= SIGNED_BITS else (1,)
 
@@ -108,7 +159,7 @@ def _search(
         ends = ((end * size).to(end.dtype) for end in (lowest, highest))
         scale, zero_point = calculate_qparams(*ends, args)
         scale = torch.where(shrink < 0, -scale, scale)
-        return _Best(_cost(wanted, costs, scale, zero_point, args), shrink, scale, zero_point)
+        return _Best(cost(scale, zero_point, args), shrink, scale, zero_point)
 
     best = candidate(torch.ones(lowest.shape, device=weight.device))
     for shrink, sign in product(COARSE, signs):
@@ -119,20 +170,3 @@ def _search(
         other = candidate(coarse + step * coarse.sign())
         best.take(other.cost < best.cost, other)
     return best.scale, best.zero_point
-
-
-def _cost(
-    wanted: torch.Tensor,
-    costs: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    args: QuantizationArgs,
-) -> torch.Tensor:
-    """Of rounding each group, ``[rows, groups]``."""
-    low, high = calculate_range(args, "cpu")
-    steps = scale.float()
-    scaled = wanted * steps.reciprocal().unsqueeze(-1)
-    if not args.symmetric:
-        scaled += zero_point.unsqueeze(-1)
-    error = scaled.round().clamp_(float(low), float(high)).sub_(scaled)
-    return torch.linalg.vecdot(error * costs, error).mul_(steps.square())

@@ -75,13 +75,17 @@ def quantize_stacks(
         args = stacks[0][0].quantization_scheme.weights
         modules = [module for stack in stacks for module in stack]
         qparams = {module: module.weight_observer.get_qparams() for module in modules}
-        if hessian_scales and are_searched(args):
-            for stack, factor in zip(stacks, factors, strict=True):
-                costs = column_costs(factor.upper, factor.order)
-                for module in stack:
-                    scale, zero_point = search_scales(module.weight, costs, args)
-                    qparams[module] |= {"scale": scale, "zero_point": zero_point}
+        rows = [len(module.weight) for module in stacks[0]]
         weights = _stacked(stacks, lambda module: module.weight.float())
+        energies = torch.stack(
+            [row_energies(w, hessian) for w, hessian in zip(weights, hessians, strict=True)]
+        )
+        if hessian_scales and are_searched(args):
+            for stack, factor, energy in zip(stacks, factors, energies, strict=True):
+                costs = column_costs(factor.upper, factor.order)
+                for module, own in zip(stack, energy.split(rows), strict=True):
+                    scale, zero_point = search_scales(module.weight, costs, own, args)
+                    qparams[module] |= {"scale": scale, "zero_point": zero_point}
         update = _block_update(
             gptq_block_update if feeds is None else asymmetric_block_update,
             stacks,
@@ -89,19 +93,14 @@ def quantize_stacks(
             args,
             factors,
         )
-        report = active_report()
-        if report is not None:
-            energies = torch.stack(
-                [row_energies(w, hessian) for w, hessian in zip(weights, hessians, strict=True)]
-            )
         quantized, losses = sweep(weights, factors, update, block_size, feeds)
-        rows = [len(module.weight) for module in stacks[0]]
         # by module and not stacked as stock's, which are only ever indexed
         parts: Any = [part for stacked in quantized for part in stacked.split(rows)]
         scales: Any = [qparams[module]["scale"] for module in modules]
         zero_points: Any = [qparams[module]["zero_point"] for module in modules]
         global_scales: Any = _global_scales(modules, qparams)
         update_batch_qparams(modules, parts, scales, zero_points, global_scales, args)
+    report = active_report()
     if report is not None:
         sums = zip(modules, _sums(losses, rows), _sums(energies, rows), strict=True)
         for module, loss, energy in sums:
