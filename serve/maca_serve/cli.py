@@ -284,12 +284,13 @@ def verify(
     base: Annotated[
         Path | None, typer.Option(help="The unquantized model's folder, to be told apart from.")
     ] = None,
+    tp: TensorParallel = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Answer in JSON.")] = False,
 ) -> None:
     """Serve a checkpoint and prove the answers against transformers; 1: a check failed."""
     from maca_serve.verification import verify, view
 
-    result = verify(folder, base=base)
+    result = verify(folder, base=base, tensor_parallel=tp)
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     else:

@@ -10,6 +10,7 @@ import torch
 from maca_serve import cli, verify
 from maca_serve.checkpoint import KEPT_KEYS
 from maca_serve.errors import UserError
+from maca_serve.ranks import Ranks
 from maca_serve.verification import verifying
 from maca_serve.verification.prompts import make_prompts
 from maca_serve.verification.reference import NoReference
@@ -60,7 +61,7 @@ def checkpoint(tmp_path, tokenizer_files, fake_vllm, monkeypatch):
     write_packed(tmp_path / "w3", 3)
     for file in tokenizer_files.iterdir():
         (tmp_path / "w3" / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(verifying, "diagnose", lambda folder: {"layers": LAYERS})
+    monkeypatch.setattr(verifying, "diagnose", lambda folder, tensor_parallel: {"layers": LAYERS})
     monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: FakeModel())
     return tmp_path / "w3"
 
@@ -91,6 +92,34 @@ def test_verify_passes_an_engine_that_agrees(checkpoint):
     assert verdict(result) == "w3: 11 passed, 0 failed, 1 not checked"
 
 
+def test_verify_with_ranks_asks_for_them(checkpoint, monkeypatch):
+    asked = []
+
+    def diagnose(folder, tensor_parallel):
+        asked.append(tensor_parallel)
+        return {"layers": LAYERS}
+
+    started = []
+    monkeypatch.setattr(verifying, "diagnose", diagnose)
+    monkeypatch.setattr(verifying, "check_ranks", lambda checkpoint, ranks: asked.append(ranks))
+    engine = verifying.Engine
+    monkeypatch.setattr(
+        verifying, "Engine", lambda c, settings: started.append(settings) or engine(c, settings)
+    )
+    result = verify(checkpoint, tensor_parallel=2)
+    assert result["passed"] and result["ranks"] == 2
+    assert asked == [Ranks(2), 2]
+    at = started[0].arguments.index("--tensor-parallel-size")
+    assert started[0].arguments[at + 1] == "2"
+    memory = next(check for check in result["checks"] if check["name"] == "memory of weights")
+    assert memory["found"].startswith("2 ranks hold parts")
+
+
+def test_verify_refuses_ranks_that_do_not_divide(checkpoint):
+    with pytest.raises(UserError, match="--tp: 4 attention heads cannot be shared by 3"):
+        verify(checkpoint, tensor_parallel=3)
+
+
 def test_verify_fails_an_engine_that_computes_something_else(checkpoint, monkeypatch):
     monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: FakeModel(shift=0.5))
     result = verify(checkpoint)
@@ -107,7 +136,7 @@ def test_verify_fails_answers_that_depend_on_the_batch(checkpoint, fake_vllm):
 
 def test_verify_fails_another_kernel(checkpoint, monkeypatch):
     other = {"layers": [{**LAYERS[0], "kernel": "MarlinLinearKernel"}]}
-    monkeypatch.setattr(verifying, "diagnose", lambda folder: other)
+    monkeypatch.setattr(verifying, "diagnose", lambda folder, tensor_parallel: other)
     assert outcome(verify(checkpoint))["kernel"] == "fail"
 
 

@@ -102,14 +102,17 @@ def _finite(tensor: Tensor) -> bool:
         return bool(file.get_tensor(tensor.name).float().isfinite().all())
 
 
-def check_memory(lines: list[str], promised: int) -> Check:
+def check_memory(lines: list[str], promised: int, ranks: int = 1) -> Check:
     """Whether the weights take what the checkpoint's files hold.
 
     Args:
         lines: of the log.
         promised: bytes of the files with the weights.
+        ranks: that share them.
     """
     name = "memory of weights"
+    if ranks > 1:
+        return not_checked(name, f"{ranks} ranks hold parts, and each all that is not divided")
     taken = find_weights_memory(lines)
     if taken is None:
         return not_checked(name, "vLLM's log names none (its CPU engine never does)")

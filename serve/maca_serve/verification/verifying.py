@@ -12,6 +12,7 @@ from maca_serve.engine import Engine
 from maca_serve.errors import BrokenAnswerError
 from maca_serve.fit import fit
 from maca_serve.machine import describe_machine, require_vllm, versions
+from maca_serve.ranks import Ranks, check_ranks
 from maca_serve.verification import agreement
 from maca_serve.verification.checks import (
     FAIL,
@@ -27,7 +28,9 @@ from maca_serve.verification.prompts import NEW_TOKENS, Prompt, make_prompts
 from maca_serve.verification.reference import NoReference, load_reference
 
 
-def verify(folder: str | Path, *, base: str | Path | None = None) -> dict[str, Any]:
+def verify(
+    folder: str | Path, *, base: str | Path | None = None, tensor_parallel: int = 1
+) -> dict[str, Any]:
     """Start the engine on a checkpoint and prove that it computes what the checkpoint says.
 
     The engine runs first and is stopped; then transformers computes the same on the CPU, from
@@ -36,23 +39,28 @@ def verify(folder: str | Path, *, base: str | Path | None = None) -> dict[str, A
     Args:
         folder: the checkpoint.
         base: the unquantized model's folder; the engine must then be nearer to the checkpoint.
+        tensor_parallel: ranks of the engine.
 
     Returns:
-        {"name", "path", "scheme", "kernel", "passed": no check failed, "prompts": tokens of each,
-        "checks": [{"name", "status": `pass`, `fail` or `not checked`, "found", "limit",
-        "numbers"}], "versions", "machine"}.
+        {"name", "path", "scheme", "ranks", "kernel", "passed": no check failed,
+        "prompts": tokens of each, "checks": [{"name", "status": `pass`, `fail` or `not checked`,
+        "found", "limit", "numbers"}], "versions", "machine"}.
 
     Raises:
-        UserError: no checkpoint, unreadable files, or a base that was not quantized to this.
+        UserError: no checkpoint, unreadable files, a base that was not quantized to this, or ranks
+            that do not divide the model.
         EngineError: vLLM did not start, or died.
     """
     version = require_vllm()
     checkpoint = open_checkpoint(Path(folder))
     unquantized = _open_base(checkpoint, base)
+    ranks = Ranks(tensor=tensor_parallel)
+    check_ranks(checkpoint, ranks)
     prompts = make_prompts(checkpoint)
-    layers = diagnose(folder)["layers"] if checkpoint.quantized else None
-    run = _run_engine(checkpoint, version, prompts)
-    checks = [check_kernel(run.log, layers), check_memory(run.log, _file_bytes(checkpoint))]
+    layers = _diagnose(checkpoint, ranks) if checkpoint.quantized else None
+    run = _run_engine(checkpoint, version, prompts, ranks)
+    checks = [check_kernel(run.log, layers)]
+    checks.append(check_memory(run.log, _file_bytes(checkpoint), ranks.count))
     checks.append(check_scales(read_headers(checkpoint.path)))
     if run.answers is None:
         checks += [Check("finite", FAIL, run.broken), not_checked("agreement", run.broken)]
@@ -62,6 +70,7 @@ def verify(folder: str | Path, *, base: str | Path | None = None) -> dict[str, A
         "name": checkpoint.name,
         "path": str(checkpoint.path),
         "scheme": checkpoint.scheme,
+        "ranks": ranks.count,
         "kernel": run.kernel,
         "passed": all(check.status != FAIL for check in checks),
         "prompts": [len(prompt) for prompt in prompts],
@@ -89,14 +98,20 @@ def _open_base(checkpoint: Checkpoint, base: str | Path | None) -> Checkpoint | 
     return opened
 
 
+def _diagnose(checkpoint: Checkpoint, ranks: Ranks) -> list[dict[str, Any]]:
+    layers: list[dict[str, Any]] = diagnose(checkpoint.path, tensor_parallel=ranks.tensor)["layers"]
+    return layers
+
+
 def _file_bytes(checkpoint: Checkpoint) -> int:
     files = {tensor.file for tensor in read_headers(checkpoint.path).values()}
     return sum(file.stat().st_size for file in files)
 
 
-def _run_engine(checkpoint: Checkpoint, version: str, prompts: list[Prompt]) -> _Run:
+def _run_engine(checkpoint: Checkpoint, version: str, prompts: list[Prompt], ranks: Ranks) -> _Run:
     longest = max(map(len, prompts)) + NEW_TOKENS
-    with Engine(checkpoint, fit(checkpoint, version, measured=longest)) as engine:
+    settings = fit(checkpoint, version, measured=longest, ranks=ranks)
+    with Engine(checkpoint, settings) as engine:
         run = _Run(engine.log.read_text(encoding="utf-8").splitlines(), engine.kernel)
         with progress() as bar:
             total = 2 * sum(map(len, prompts))
