@@ -94,6 +94,9 @@ EARLIER = {
 """Scales searched by what errors of columns cost one by one, as up to commit aad8173: cells that
 stay for comparison and cannot be run any more."""
 
+FORMER = "hs-mixed-p1-first4"
+"""The default until then: shown where the present one was not measured."""
+
 BASELINES = ("gptq-512", "gptq-2048", "gptq-128")
 
 EFFECTS = (

@@ -15,6 +15,7 @@ from accuracy_arms import (
     DEFAULT,
     EARLIER,
     EFFECTS,
+    FORMER,
     HERE,
     LENGTHS,
     METHODS,
@@ -110,14 +111,15 @@ def context_table(groups: dict[tuple[str, str], Cells]) -> str:
     heads = [f"KL at {length}" for length in CONTEXTS.lengths]
     rows = [["model, scheme", "method", "seeds", *heads]]
     for key, cells in groups.items():
-        for method in [m for m in (*BASELINES, DEFAULT) if m in cells]:
+        own = DEFAULT if DEFAULT in cells else FORMER
+        for method in [m for m in (*BASELINES, own) if m in cells]:
             found = list(cells[method].values())
             values = [spread([kl(cell, n) for cell in found]) for n in CONTEXTS.lengths]
             rows.append([", ".join(key), method, str(len(found)), *values])
-        for method in [m for m in BASELINES if shared_seeds(cells, DEFAULT, m)]:
-            pairs = [pairs_at(cells, DEFAULT, method, n) for n in CONTEXTS.lengths]
+        for method in [m for m in BASELINES if shared_seeds(cells, own, m)]:
+            pairs = [pairs_at(cells, own, method, n) for n in CONTEXTS.lengths]
             ratios = [f"{ratio_of_means(pair):.2f}" for pair in pairs]
-            rows.append([", ".join(key), f"default / {method}", str(len(pairs[0])), *ratios])
+            rows.append([", ".join(key), f"{own} / {method}", str(len(pairs[0])), *ratios])
     return markdown(rows) if len(rows) > 1 else "Not measured yet."
 
 
@@ -143,7 +145,7 @@ def zero_shot_table(groups: dict[tuple[str, str], Cells]) -> str:
     """Accuracy by task, in percent, seeds averaged; errors are over questions."""
     rows: list[list[str]] = []
     for (model, scheme), cells in groups.items():
-        for method in [m for m in (*BASELINES, DEFAULT) if asked(cells, m)]:
+        for method in [m for m in (*BASELINES, DEFAULT, FORMER) if asked(cells, m)]:
             found = [cells[method][seed] for seed in asked(cells, method)]
             names = list(found[0]["tasks"])
             base = [right(found[0]["base_tasks"], name) for name in names]

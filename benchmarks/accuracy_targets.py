@@ -59,7 +59,11 @@ def against_gptq(rows: list[dict]) -> list[list[str]]:
 def against_single_lengths(groups: Groups) -> list[list[str]]:
     """Against one fixed length, scales chosen in the same way and not."""
     rows = []
-    for prefix, words in (("gptq", "min-max scales"), ("hs-gptq", "the same search of scales")):
+    for prefix, words in (
+        ("gptq", "min-max scales"),
+        ("hs-gptq", "scales searched as before (`hs`)"),
+        ("hs2-gptq", "the same search of scales"),
+    ):
         found = []
         for (model, scheme), cells in groups.items():
             for length in LENGTHS:

@@ -5,8 +5,7 @@
 For each method of the grid (``accuracy_arms.py``) the model is quantized as ``accuracy.py`` does,
 into a folder of CHECKPOINTS where it is not there yet, and run on windows of the evaluation text.
 After each layer: the norm of the hidden state at the first position against the base model's, and
-squared error over squared norm, at the first position and (averaged over tokens) at all others; and
-how much of the layer's MLP is left, ``<y_q, y> / <y, y>`` of its outputs at the other positions.
+squared error over squared norm, at the first position and (averaged over tokens) at all others.
 Adds to ``benchmarks/results/sink_errors.json``.
 """
 
@@ -28,41 +27,31 @@ RESULT = HERE / "results" / "sink_errors.json"
 LENGTH, TOKENS = 512, 8192
 
 
-Outputs = tuple[torch.Tensor, torch.Tensor]
-"""Of a layer and of its MLP, ``[windows, LENGTH, d]``."""
-
-
 @torch.no_grad()
-def layer_outputs(model: Any, batches: list[Any]) -> list[Outputs]:
-    """What each layer and its MLP give."""
+def hidden_states(model: Any, batches: list[Any]) -> list[torch.Tensor]:
+    """What each layer gives, ``[windows, LENGTH, d]``."""
     layers = decoder_layers(model)
-    found: list[tuple[list[torch.Tensor], ...]] = [([], []) for _ in layers]
+    found: list[list[torch.Tensor]] = [[] for _ in layers]
 
-    def keep(kept: list[torch.Tensor], output: Any) -> None:
+    def keep(place: int, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        kept.append(hidden.to(torch.bfloat16).cpu())
+        found[place].append(hidden.float().cpu())
 
-    for layer, kept in zip(layers, found, strict=True):
-        for module, own in zip((layer, layer.mlp), kept, strict=True):
-            module.register_forward_hook(lambda _, __, output, own=own: keep(own, output))
+    for place, layer in enumerate(layers):
+        layer.register_forward_hook(lambda _, __, output, place=place: keep(place, output))
     for batch in batches:
         model(**batch, logits_to_keep=1)
-    return [(torch.cat(hidden), torch.cat(mlp)) for hidden, mlp in found]
+    return [torch.cat(parts) for parts in found]
 
 
-def compare(base_outputs: Outputs, other_outputs: Outputs) -> dict[str, float]:
+def compare(base: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     """One layer's errors."""
-    (base, base_mlp), (other, other_mlp) = (
-        tuple(output.float() for output in outputs) for outputs in (base_outputs, other_outputs)
-    )
     error, energy = (other - base).square().sum(-1), base.square().sum(-1)
-    mlp, mlp_left = base_mlp[:, 1:], other_mlp[:, 1:]
     return {
         "base_norm_first_over_median": float(energy[:, 0].mean().sqrt() / energy.sqrt().median()),
         "norm_first": float(other[:, 0].norm() / base[:, 0].norm()),
         "error_first": float(error[:, 0].sum() / energy[:, 0].sum()),
         "error_others": float((error[:, 1:] / energy[:, 1:]).mean()),
-        "mlp_left": float((mlp_left * mlp).sum() / mlp.square().sum()),
     }
 
 
@@ -73,8 +62,8 @@ def measure(model: str, cells: list[dict], checkpoints: Path) -> dict[str, list[
     data = build_calibration_set(tokenizer, source=EVALUATION, scales=(LENGTH,), tokens=TOKENS)
     batches = list(data.dataloader(2048))
 
-    def run(folder: str | Path) -> list[Outputs]:
-        return layer_outputs(load_dequantized(str(folder), torch.device("cpu")), batches)
+    def run(folder: str | Path) -> list[torch.Tensor]:
+        return hidden_states(load_dequantized(str(folder), torch.device("cpu")), batches)
 
     base = run(source)
     found = {}

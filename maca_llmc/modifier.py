@@ -54,9 +54,8 @@ class MaCaModifier(GPTQModifier):
         better on Gemma 3 (see ``benchmarks/ACCURACY.md``); 1 leaves it alone.
     :param hessian_scales: choose the scale of each group by what rounding costs under the Hessian
         (see ``scales.py``) instead of by the range of its weights: of integers by group or channel,
-        where the recipe names no observer of its own. False leaves scales to observers. It took
-        away a quarter to a half of the KL divergence on two models and added a quarter on a third,
-        whose first token it harms (``benchmarks/ACCURACY.md``): measure on yours.
+        where the recipe names no observer of its own. False leaves scales to observers. What it
+        does depends on the model (``benchmarks/ACCURACY.md``).
     :param gptaq_alpha: above 0 it is GPTAQ (arXiv 2504.02692): weights also make up for what their
         inputs have become behind the quantized layers before them, wholly at 1. It takes the
         pipeline "maca", one rank, integers by group or channel, and about three times the forward
