@@ -116,7 +116,9 @@ class _Cost:
         along = wanted * columns
         own = torch.linalg.vecdot(along, wanted).clamp_min_(torch.finfo(torch.float32).tiny)
         ratios = energies / own.sum(dim=1)
-        return cls(wanted, columns, along, (ratios - 1).clamp_min_(0).unsqueeze(1) / own)
+        common = (ratios - 1).clamp_min_(0).unsqueeze(1) / own
+        # a group of zeros has nothing to shrink, and infinity times that is not a number
+        return cls(wanted, columns, along, common.nan_to_num_(posinf=0.0))
 
     def __call__(
         self, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantizationArgs

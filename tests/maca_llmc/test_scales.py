@@ -11,7 +11,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, calculate_r
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
-from maca_llmc.scales import are_searched, column_costs, search_scales
+from maca_llmc.scales import _Cost, are_searched, column_costs, search_scales
 from maca_llmc.solve import factorize
 
 ROWS, WIDTH = 20, 96
@@ -102,6 +102,14 @@ def test_the_sign_gives_the_larger_side_the_code_more():
 def test_a_group_of_zeros_has_a_scale():
     scales, zero_points = search_scales(torch.zeros(2, 64), torch.ones(64), torch.zeros(2), W3)
     assert scales.isfinite().all() and (scales != 0).all() and not zero_points.any()
+
+
+def test_a_group_of_zeros_in_a_row_of_others_costs_nothing(weight, costs):
+    energies = 100 * (weight.float().square() * costs).sum(dim=1)
+    weight[:, 32:64] = 0
+    cost = _Cost.of(weight.float().unflatten(1, (-1, 32)), costs.view(-1, 32), energies)
+    found = cost(torch.full((ROWS, 3), 0.1), torch.zeros(ROWS, 3), W3)
+    assert found.isfinite().all() and not found[:, 1].any() and found[:, [0, 2]].all()
 
 
 @pytest.mark.parametrize(
