@@ -6,7 +6,7 @@
 import json
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 from accuracy_arms import (
@@ -225,6 +225,12 @@ def grouped(cells: list[dict]) -> dict[tuple[str, str], Cells]:
     return groups
 
 
+def machines(cells: list[dict]) -> str:
+    """What the cells ran on; the same method differs a little from one processor to another."""
+    ran = Counter(f"{c['machine']['processor']}, {c['machine']['cores']} cores" for c in cells)
+    return "; ".join(f"{name} ({count} cells)" for name, count in ran.most_common())
+
+
 def main() -> None:
     """Write the page."""
     cells = read_cells()
@@ -234,7 +240,6 @@ def main() -> None:
     compared = [row for key, found in groups.items() for row in comparison_rows(*key, found)]
     for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
         row["p"] = p
-    machine = cells[-1]["machine"]
     parts = [
         TEXT.read_text().format(
             tokens=TOKENS,
@@ -243,7 +248,7 @@ def main() -> None:
             cells=len(cells),
             default=DEFAULT,
             plot=plot(groups),
-            machine=f"{machine['processor']}, {machine['cores']} cores",
+            machines=machines(cells),
             comparison=comparison_table(compared) if compared else "No cells yet.",
             contexts=context_table(grouped(read_cells(CONTEXTS))),
             context_targets=CONTEXTS.targets,

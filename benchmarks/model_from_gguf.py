@@ -1,6 +1,6 @@
 """Make a bfloat16 Hugging Face folder of a GGUF file, to compare calibration methods on it.
 
-    python3 benchmarks/model_from_gguf.py FILE.gguf FOLDER [--tokenizer FOLDER] [--bos TOKEN]
+    .venv/bin/python benchmarks/model_from_gguf.py FILE.gguf FOLDER
 
 Weights of a GGUF file have been rounded once already, so that absolute quality is not the model's
 own. Where the file holds the embedding twice, once of them for the output, both become the finer
@@ -10,7 +10,9 @@ of the two: models this small tie them.
 import argparse
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from gguf import GGUFReader, TokenType
+from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import generate_merges
 
 from maca_llmc.smollm2 import load_gguf
 
@@ -26,14 +28,31 @@ def convert(file: Path, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def read_tokenizer(file: Path, folder: Path | None, bos: str | None) -> PreTrainedTokenizerFast:
-    """The file's own tokenizer, or that of a folder with ``tokenizer.json``."""
-    if folder is None:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    if bos is not None:
-        tokenizer.bos_token = bos
-    return tokenizer
+def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The file's own tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return gemma_tokenizer(file) if isinstance(tokenizer, GemmaTokenizer) else tokenizer
+
+
+def gemma_tokenizer(file: Path) -> GemmaTokenizer:
+    """Gemma's, whose merges a GGUF file does not hold and transformers 5.17 does not make anew.
+
+    They follow from the scores of SentencePiece's tokens, as in any conversion of its models.
+    Without them every letter is a token of its own.
+    """
+    fields = GGUFReader(file).fields
+    tokens, scores, kinds = (
+        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type")
+    )
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    never_merged = [
+        token
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (TokenType.CONTROL, TokenType.BYTE)
+    ]
+    merges = generate_merges(vocabulary, zip(tokens, scores, strict=True), never_merged)
+    opens = bool(fields["tokenizer.ggml.add_bos_token"].contents())
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=opens)
 
 
 def main() -> None:
@@ -41,12 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer.json to take")
-    parser.add_argument("--bos", help="its begin-of-text token")
     arguments = parser.parse_args()
     convert(arguments.file, arguments.folder)
-    tokenizer = read_tokenizer(arguments.file, arguments.tokenizer, arguments.bos)
-    tokenizer.save_pretrained(arguments.folder)
+    read_tokenizer(arguments.file).save_pretrained(arguments.folder)
 
 
 if __name__ == "__main__":
