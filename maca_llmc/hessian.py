@@ -151,7 +151,8 @@ def _add_product(
 def _bfloat16_products(rows: torch.Tensor) -> Iterator[None]:
     """On the CPU, multiply float32 copies of bfloat16 rows in bfloat16: the same products, exactly.
 
-    oneDNN then uses AMX or AVX512-BF16 where there is any, and sums in float32.
+    oneDNN then uses AMX where there is any, and sums in float32. With AVX512-BF16 alone it
+    multiplies in float32 (seen in its log, 2.13.0+cpu): not faster, and not less exact.
     """
     if rows.device.type != "cpu" or rows.dtype != torch.bfloat16:
         yield
