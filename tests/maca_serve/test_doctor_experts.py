@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("vllm.model_executor.kernels.linear")
 
 from maca_serve.doctor.experts import Experts, gather, read_call
+from maca_serve.doctor.fusing import adopt_fusions, fuse, model_class
 
 P = "model.layers.{}.mlp.experts.{}.{}_proj"
 CONFIG = {
@@ -236,6 +237,22 @@ def test_experts_that_disagree_with_the_config_are_not_asked_about(wrong):
     assert sorted(unasked["modules"]) == sorted(experts())
     assert "say 8 experts of down_proj 512 x 256" in unasked["reason"]
     assert "the checkpoint has 4 of" in unasked["reason"]
+
+
+def test_dense_layers_among_experts_are_fused(monkeypatch):
+    """Which the constructor of vLLM's Qwen3-MoE decides; one without them keeps its mapping."""
+    model = model_class(["Qwen3MoeForCausalLM"])
+    monkeypatch.setattr(model, "packed_modules_mapping", dict(model.packed_modules_mapping))
+    adopt_fusions(model, ATTENTION)
+    assert "gate_up_proj" not in model.packed_modules_mapping
+    dense = {"model.layers.1.mlp.gate_proj": (1024, 512), "model.layers.1.mlp.up_proj": (1024, 512)}
+    adopt_fusions(model, ATTENTION | dense)
+    (fused,) = fuse(model, dense)
+    assert (fused.name, fused.kind) == (
+        "model.layers.1.mlp.gate_up_proj",
+        "MergedColumnParallelLinear",
+    )
+    assert (fused.parts, fused.outs) == (tuple(dense), (1024, 1024))
 
 
 # What follows reads a model's code: this file's, whose factory builds nothing.

@@ -65,6 +65,8 @@ CHANGES = {
     "fp8, static": compressed(
         "float-quantized", {**EIGHT_BITS, "dynamic": False}, {**EIGHT_BITS, "dynamic": False}
     ),
+    "attention left": integers(4) | {"ignore": [f"{P}self_attn.{part}_proj" for part in "qkv"]},
+    "one of three left": integers(4) | {"ignore": [f"{P}self_attn.q_proj"]},
     "w3": integers(3, 64),
     "w8": integers(8),
     "fp8": FP8,
@@ -161,6 +163,19 @@ def test_modules_are_fused_as_the_model_does(here):
     assert fused["class"] == "QKVParallelLinear"
     assert fused["parts"] == [f"{P}self_attn.{part}_proj" for part in "qkv"]
     assert fused["shape"] == fused["partition"] == [6144, 4096]
+
+
+def test_what_a_recipe_leaves_of_a_fused_layer(here):
+    """Llama's class tells the quantization config what it fuses only when it is made."""
+    left = variant(here, "attention left")["layers"]
+    assert {x["layer"].rpartition(".")[2]: x["quantized"] for x in left} == {
+        "qkv_proj": False,
+        "o_proj": True,
+        "gate_up_proj": True,
+        "down_proj": True,
+    }
+    torn = layer(variant(here, "one of three left")["layers"], "qkv_proj")
+    assert "different quantization schemes for the shards" in torn["error"]
 
 
 def test_cpu_chooses_its_kernel_and_says_why_not_the_others(here):

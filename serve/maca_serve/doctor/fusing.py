@@ -1,14 +1,16 @@
 """The layers that vLLM's model makes of a checkpoint's modules.
 
-Which modules are fused is what the model class says (`packed_modules_mapping`). How tensor
-parallelism splits a layer is not written down anywhere but in the model's code, as the class that
-it builds under a name (`RowParallelLinear(..., prefix=f"{prefix}.o_proj")`), so it is read there.
+Which modules are fused is what the model class says (`packed_modules_mapping`), and what its
+constructor adds to that for a config with such modules. How tensor parallelism splits a layer is
+not written down anywhere but in the model's code, as the class that it builds under a name
+(`RowParallelLinear(..., prefix=f"{prefix}.o_proj")`), so it is read there.
 """
 
 import ast
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -59,6 +61,45 @@ def model_class(architectures: list[str]) -> Any:
             return ModelRegistry.models[name].load_model_cls()
     names = ", ".join(architectures)
     raise LookupError(f"vLLM {_NONE} {names}: it may run through its Transformers backend")
+
+
+def adopt_fusions(model: Any, modules: Iterable[str]) -> None:
+    """Add to the class what its constructor would, in the dictionary that it would write to.
+
+    Qwen3-MoE, for one, fuses gate and up only in a config with dense layers. Its condition is not
+    evaluated: an entry counts where the checkpoint has all its parts beside each other.
+
+    Args:
+        model: vLLM's class for the model.
+        modules: names of the checkpoint's modules without those of experts.
+    """
+    rename = renamer(model)
+    siblings: dict[str, set[str]] = {}
+    for module in modules:
+        parent, _, last = rename(module).rpartition(".")
+        siblings.setdefault(parent, set()).add(last)
+    for whole, parts in _added(model):
+        if any(last.issuperset(parts) for last in siblings.values()):
+            model.packed_modules_mapping[whole] = parts
+
+
+def _added(model: Any) -> Iterator[tuple[str, list[str]]]:
+    """(fused name, parts) of `self.packed_modules_mapping["..."] = [...]` in a class's code."""
+    for base in model.__mro__:
+        if not base.__module__.startswith(MODELS):
+            continue
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):
+            match node:
+                case ast.Assign(
+                    targets=[
+                        ast.Subscript(
+                            value=ast.Attribute(attr="packed_modules_mapping"),
+                            slice=ast.Constant(value=str(whole)),
+                        )
+                    ],
+                    value=ast.List() as parts,
+                ):
+                    yield whole, ast.literal_eval(parts)
 
 
 def fuse(model: Any, sizes: dict[str, tuple[int, int]]) -> list[Layer]:

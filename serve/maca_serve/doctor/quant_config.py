@@ -19,10 +19,14 @@ def parse(quantization: dict[str, Any], config: dict[str, Any], model: Any) -> A
     """
     from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.model_executor.model_loader.utils import configure_quant_config
+    from vllm.model_executor.models.interfaces import SupportsQuant
 
     method = quant_method(quantization, config)
     parsed = get_quantization_config(method).from_config(copy.deepcopy(quantization))
     configure_quant_config(parsed, model)
+    if issubclass(model, SupportsQuant):
+        # Such a class tells what it fuses when it is made, which needs no memory yet.
+        model.__new__(model, parsed)
     return parsed
 
 

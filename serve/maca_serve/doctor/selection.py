@@ -12,7 +12,7 @@ from maca_serve.doctor.building import Linear, Subject, as_rank_of
 from maca_serve.doctor.experts import Experts, FusedExperts, gather, is_expert
 from maca_serve.doctor.experts_trace import recording_experts
 from maca_serve.doctor.forking import in_a_fork
-from maca_serve.doctor.fusing import Layer, fuse, model_class
+from maca_serve.doctor.fusing import Layer, adopt_fusions, fuse, model_class
 from maca_serve.doctor.hf_config import read_config
 from maca_serve.doctor.operators import missing_ops
 from maca_serve.doctor.quant_config import capability_of, parse, refusal
@@ -90,6 +90,7 @@ class _Chooser:
         sizes = {name: (out, width) for name, (out, width) in question["sizes"].items()}
         linears = {name: size for name, size in sizes.items() if not is_expert(name)}
         self.experts, self.unasked = self._gather_experts(sizes.keys() - linears, sizes)
+        adopt_fusions(model, linears)
         layers = fuse(model, linears)
         # Modules that are neither stored quantized nor built as linear layers are embeddings,
         # convolutions and routers of their own kind.
