@@ -76,15 +76,22 @@ def overlap(one: Iterable[str], other: Iterable[str], size: int = NGRAM) -> set[
 
 
 def recipe_of(scheme: str, fields: dict) -> dict:
-    """An llm-compressor recipe; ``observer`` is of the scheme, all other fields the modifier's."""
+    """An llm-compressor recipe.
+
+    ``observer`` is of the scheme, ``rotations`` of a SpinQuantModifier before the modifier, whose
+    are all other fields.
+    """
     fields = dict(fields)
+    rotations = fields.pop("rotations", None)
+    spin = {"rotations": rotations, "transform_type": "random-hadamard"}
     weights = SCHEMES[scheme] | {k: fields.pop(k) for k in ("observer",) if k in fields}
     modifier = {
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head"],
         **fields,
     }
-    return {"quantize_stage": {"quantize_modifiers": {"MaCaModifier": modifier}}}
+    before = {"SpinQuantModifier": spin} if rotations else {}
+    return {"quantize_stage": {"quantize_modifiers": {**before, "MaCaModifier": modifier}}}
 
 
 @cache

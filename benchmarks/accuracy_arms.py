@@ -35,6 +35,7 @@ OBSERVED = {"hessian_scales": False, "first_token_weight": 1.0}
 GPTQ = {"length_exponent": 0.0, **OBSERVED}
 SEARCHED = {"hessian_scales": True, "first_token_weight": 1.0}
 SINK = "first_token_weight"
+ROTATED = {"rotations": ["R1", "R2"]}
 METHODS = {
     # name: the modifier's fields, and the calibration data
     **{f"gptq-{length}": (GPTQ, {"scales": (length,)}) for length in (128, 512, 2048)},
@@ -84,6 +85,9 @@ METHODS = {
         {**SEARCHED, SINK: 4.0, "gptaq_alpha": 0.25},
         {"scales": MIXED},
     ),
+    # on weights that SpinQuant has rotated before, which costs nothing when they are served
+    "spin-gptq-2048": ({**GPTQ, **ROTATED}, {"scales": (2048,)}),
+    "spin-hs2-mixed-p1-first4": ({**SEARCHED, SINK: 4.0, **ROTATED}, {"scales": MIXED}),
 }
 DEFAULT = "hs2-mixed-p1-first4"
 """What ``maca-llmc quantize`` does when it is not told otherwise."""
@@ -127,6 +131,8 @@ EFFECTS = (
     ("first token x 1/16, length 128", "gptq-128", "gptq-128-first0.0625"),
     ("dampening 0.001", "hs-mixed-p1", "hs-mixed-p1-damp0.001"),
     ("dampening 0.001", "hs-gptq-128", "hs-128-damp0.001"),
+    ("rotated before", "gptq-2048", "spin-gptq-2048"),
+    ("rotated before", "hs2-mixed-p1-first4", "spin-hs2-mixed-p1-first4"),
     ("GPTAQ, alpha 1/4", "hs-128-damp0.001", "hs-gptaq0.25-128-damp0.001"),
     ("GPTAQ, alpha 1", "hs-128-damp0.001", "hs-gptaq-128-damp0.001"),
 )

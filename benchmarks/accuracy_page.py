@@ -150,8 +150,8 @@ def zero_shot_table(groups: dict[tuple[str, str], Cells]) -> str:
             names = list(found[0]["tasks"])
             base = [right(found[0]["base_tasks"], name) for name in names]
             for what, count, values in (
-                (f"base of {model}", "", base),
-                (f"{method}, {scheme}", str(len(found)), zero_shot(found)),
+                (f"{model}, base", "", base),
+                (f"{model}, {scheme}, {method}", str(len(found)), zero_shot(found)),
             ):
                 mean, error = mean_and_error(values)
                 row = [what, count, *(f"{100 * v.mean():.1f}" for v in values)]

@@ -16,6 +16,7 @@ import torch
 from maca_llmc.errors import CalibrationError
 from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import active_session
+from maca_llmc.transforms import smoothers
 
 STAGES = 4
 """Of a layer of attention and MLP, also of one with experts."""
@@ -129,12 +130,13 @@ def _key(index: int, number: int) -> str:
     return f"input-{index}-{number}"
 
 
-def forward_passes(modifier: Any) -> int:
+def forward_passes(modifiers: list[Any]) -> int:
     """How often a layer runs: to calibrate it, and to pass its outputs on.
 
-    With the full-precision stream it runs with its own weights, too, and once for each stage.
+    It runs once more for each smoother; with the full-precision stream it runs with its own
+    weights, too, and once for each stage.
     """
-    return 2 + STAGES if asymmetric_modifiers([modifier]) else 2
+    return 2 + len(smoothers(modifiers)) + (STAGES if asymmetric_modifiers(modifiers) else 0)
 
 
 def asymmetric_modifiers(modifiers: list[Any]) -> list[Any]:

@@ -37,6 +37,7 @@ from llmcompressor.modifiers.gptq.helpers import (
 )
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential import SequentialPipeline
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
@@ -81,6 +82,7 @@ __all__ = [
     "keep_causal_masks",
     "loading_separate_experts",
     "onload_device",
+    "patch_attr",
     "restore_gptq_progress",
     "separate_experts",
     "update_batch_qparams",
@@ -188,9 +190,13 @@ def forget_causal_masks(config: Any) -> None:
 def computing_on(device: torch.device) -> Iterator[None]:
     """While open, have either pipeline load layers to ``device``.
 
-    llm-compressor itself takes the first accelerator it sees, whatever the user asked for.
+    llm-compressor itself takes the first accelerator it sees, whatever the user asked for, and
+    AWQ pins memory, which a machine without one cannot.
     """
-    with patch_attr(sequential_pipeline, "get_main_device", lambda: device):
+    with ExitStack() as stack:
+        stack.enter_context(patch_attr(sequential_pipeline, "get_main_device", lambda: device))
+        if device.type == "cpu":
+            stack.enter_context(patch_attr(IntermediatesCache, "pin_memory", lambda *_: None))
         yield
 
 

@@ -33,7 +33,9 @@ from maca_llmc.llmcompressor_api import (
     decoder_layers,
     disable_offloading,
     onload_device,
+    patch_attr,
 )
+from maca_llmc.transforms import smoothers, transforms
 
 NAME = "maca"
 
@@ -126,10 +128,15 @@ class LayerPipeline(CalibrationPipeline):
             )
             SequentialPipeline()(model, dataloader, dataset_args)
             return
-        batches = Batches(calls, resources.hidden, device, store)
         LifecycleCallbacks.calibration_start()
-        modifiers = asymmetric_modifiers(active_session().lifecycle.recipe.modifiers)
-        full = FullStream(resources.hidden, len(calls), modifiers) if modifiers else None
+        modifiers = active_session().lifecycle.recipe.modifiers
+        if transforms(modifiers):
+            # Rotations have just changed what goes into the first layer.
+            with calibration_forward(model):
+                calls = record_batches(model, layers, dataloader, (device, store), resources.hidden)
+        batches = Batches(calls, resources.hidden, device, store)
+        asymmetric = asymmetric_modifiers(modifiers)
+        full = FullStream(resources.hidden, len(calls), asymmetric) if asymmetric else None
         with calibration_forward(model):
             for index, layer in enumerate(layers):
                 with disable_offloading():
@@ -181,7 +188,12 @@ def finish_layer(
 ) -> None:
     """Calibrate and quantize a layer, or take it from a run that has done so."""
     finished = keeper is not None and index < keeper.finished
-    stages = [list(layer.modules())]
+    everything = list(layer.modules())
+    modifiers = active_session().lifecycle.recipe.modifiers
+    smoothing = smoothers(modifiers)
+    for modifier in [] if finished else smoothing:
+        calibrate([modifier], layer, index, batches, everything)
+    stages = [everything]
     if full is not None:
         with HooksMixin.disable_hooks():
             outputs = batches.outputs(layer, index, full.PREFIX)
@@ -189,13 +201,28 @@ def finish_layer(
     if keeper is not None and finished:
         keeper.restore(index, layer)
         return
+    others = [modifier for modifier in modifiers if modifier not in smoothing]
     for stage in stages:
         with nullcontext() if full is None else full.calibrating(stage):
-            for _ in batches.outputs(layer, index):
-                pass  # what counts is what hooks see
-            LifecycleCallbacks.sequential_epoch_end(stage)
+            calibrate(others, layer, index, batches, stage)
     if keeper is not None:
         keeper.keep(layer)
+
+
+def calibrate(
+    modifiers: list[Any],
+    layer: torch.nn.Module,
+    index: int,
+    batches: Batches,
+    stage: list[torch.nn.Module],
+) -> None:
+    """Let these modifiers, no others, see the batches in a layer and then change modules of it."""
+    hooks = {hook for modifier in modifiers for hook in modifier._hooks}
+    with patch_attr(active_session().lifecycle.recipe, "modifiers", modifiers):
+        with HooksMixin.disable_hooks(keep=hooks):
+            for _ in batches.outputs(layer, index):
+                pass  # what counts is what hooks see
+        LifecycleCallbacks.sequential_epoch_end(stage)
 
 
 def check_targets(model: torch.nn.Module, layers: list[torch.nn.Module]) -> None:

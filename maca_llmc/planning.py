@@ -141,7 +141,8 @@ def count_flops(run: Run, solves: list[Solve]) -> dict[str, float]:
     once = sum(linear * length + quadratic * length**2 for length in lengths)
     layers = len(decoder_layers(run.shapes))
     tokens = sum(lengths)
-    passes = forward_passes(run.modifier) - 1 / layers  # the last layer's output goes nowhere
+    # the last layer's output goes nowhere
+    passes = forward_passes(run.recipe.modifiers) - 1 / layers
     return {
         "forward": once * passes,
         "hessian": sum(hessian_flops(tokens, solve.width) for solve in solves),

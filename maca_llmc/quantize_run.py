@@ -100,14 +100,13 @@ def _calibrate(run: Run, state: RunState) -> Any:
     tell_calibration(run.calibration.record())
     limit = psutil.virtual_memory().available // 2 if run.cache_bytes is None else run.cache_bytes
     hidden = HiddenStates(limit, state.folder / "spill")
+    passes = forward_passes(run.recipe.modifiers)
     keep_causal_masks(model.config)
     try:
         with (
             run.timed("calibrate"),
             computing_on(run.device),
-            layer_progress(
-                decoder_layers(model), len(loader), forward_passes(run.modifier), state.finished
-            ),
+            layer_progress(decoder_layers(model), len(loader), passes, state.finished),
             recorded_losses(lambda module, loss: run.losses.update({names[module]: loss})),
             pipeline.using(pipeline.Resources(LayerKeeper(run, state), hidden)),
         ):

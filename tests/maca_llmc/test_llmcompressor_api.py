@@ -19,6 +19,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier, gptq_quantize, helpers
 from llmcompressor.modifiers.gptq import base as gptq_base
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential import SequentialPipeline
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
@@ -97,6 +98,10 @@ SIGNATURES = {
         "model dataloader dataset_args",
     ),
     "SequentialPipeline.__call__": (SequentialPipeline.__call__, "model dataloader dataset_args"),
+    "IntermediatesCache.pin_memory": (
+        IntermediatesCache.pin_memory,
+        "self batch_index input_names",
+    ),
     "column_scale_window": (
         helpers.column_scale_window,
         "scale zero_point global_scale g_idx quant_args num_rows i1 i2",

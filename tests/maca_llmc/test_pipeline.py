@@ -3,6 +3,9 @@
 import pytest
 import torch
 from llmcompressor import oneshot
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 from loguru import logger
 from tiny import loader, random_sequences
 from torch.utils._pytree import tree_leaves
@@ -10,7 +13,7 @@ from watching import SCHEME, hessians_of
 
 from maca_llmc import MaCaModifier
 from maca_llmc.hidden_states import HiddenStates
-from maca_llmc.llmcompressor_api import decoder_layers
+from maca_llmc.llmcompressor_api import computing_on, decoder_layers
 from maca_llmc.pipeline import NAME, UnsupportedModelError, record_batches
 
 LENGTHS = [24, 6, 40, 13]
@@ -26,9 +29,10 @@ class Watched(MaCaModifier):
         super().compress_module_list(module_list)
 
 
-def calibrate(model, data, pipeline, ignore=("lm_head",)):
-    modifier = Watched(**SCHEME | {"ignore": list(ignore)}, nested_scales=[8, 16])
-    oneshot(model=model, dataset=data, recipe=modifier, pipeline=pipeline)
+def calibrate(model, data, pipeline, ignore=("lm_head",), after=(), **fields):
+    modifier = Watched(**SCHEME | {"ignore": list(ignore)}, nested_scales=[8, 16], **fields)
+    with computing_on(CPU):
+        oneshot(model=model, dataset=data, recipe=[*after, modifier], pipeline=pipeline)
     return modifier.found
 
 
@@ -43,6 +47,44 @@ def test_hessians_are_those_of_the_sequential_pipeline(tiny_model, family, batch
         if ".layers.0." in name:  # later ones see what a rounding tie in layer 0 may have moved
             error = torch.linalg.norm(ours[name] - expected) / torch.linalg.norm(expected)
             assert error < 1e-5, (name, float(error))
+
+
+def test_rotated_weights_are_fed_rotated_hidden_states(tiny_model):
+    """Rotations come when calibration starts, and the embeddings turn with the weights."""
+    found = {}
+    for pipeline in ("sequential", NAME):
+        rotation = SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")
+        data = loader(random_sequences(LENGTHS))
+        found[pipeline] = calibrate(tiny_model("llama"), data, pipeline, after=[rotation])
+    for name, expected in found["sequential"].items():
+        if ".layers.0." in name:
+            error = torch.linalg.norm(found[NAME][name] - expected) / torch.linalg.norm(expected)
+            assert error < 1e-5, (name, float(error))
+
+
+SMOOTHERS = {
+    "smoothquant": lambda: SmoothQuantModifier(smoothing_strength=0.8),
+    "awq": lambda: AWQModifier(n_grid=4),
+}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+@pytest.mark.parametrize("smoother", SMOOTHERS)
+def test_hessians_are_of_smoothed_inputs(tiny_model, smoother, alpha):
+    """The norm's weight is divided by what the next weights' columns are multiplied by."""
+    data = loader(random_sequences(LENGTHS))
+    plain = calibrate(tiny_model("llama"), data, NAME, gptaq_alpha=alpha)
+    model = tiny_model("llama")
+    norm = decoder_layers(model)[0].input_layernorm.weight
+    before = norm.detach().clone()
+    after = [SMOOTHERS[smoother]()]
+    smoothed = calibrate(model, data, NAME, after=after, gptaq_alpha=alpha)
+    factors = before / norm.detach()
+    assert factors.std() > 0.01, "nothing was smoothed"
+    for part in "qkv":
+        (name,) = [name for name in plain if f".layers.0.self_attn.{part}_proj" in name]
+        expected = plain[name] / factors / factors[:, None]
+        torch.testing.assert_close(smoothed[name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_without_padding_nothing_of_the_square_of_the_length_is_kept(tiny_model):
