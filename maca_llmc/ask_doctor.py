@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from maca_llmc.prepare import Run
+from maca_llmc.schemes import linear_widths
 
 TARGETS = {
     "this machine": "here",
@@ -57,6 +58,19 @@ def find_doctor() -> Path | None:
 def checkpoint_to_be(run: Run) -> dict[str, Any]:
     """The configuration that the checkpoint would have, and the shapes of its Linears."""
     resolved = run.modifier.resolved_config.model_copy(deep=True)
+    for number, modifier in enumerate(run.modifiers[1:], start=1):
+        for name, scheme in modifier.resolved_config.config_groups.items():
+            resolved.config_groups[f"{number}-{name}"] = scheme.model_copy(deep=True)
+    layers = {
+        name: [module.out_features, module.in_features]
+        for name, module in run.shapes.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    quantized = {
+        name
+        for modifier in run.modifiers
+        for name in linear_widths(run.shapes, modifier.resolved_targets, modifier.ignore)
+    }
     formats = set()
     for scheme in resolved.config_groups.values():
         scheme.format = scheme.format or infer_module_format(nn.Linear, scheme)
@@ -67,13 +81,9 @@ def checkpoint_to_be(run: Run) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "ignore": list(run.modifier.ignore),
+        "ignore": [name for name in layers if name not in quantized],
     }
-    layers = {
-        name: [module.out_features, module.in_features]
-        for name, module in run.shapes.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+
     config = json.loads(run.config.to_json_string(use_diff=False))
     return {"config": config | {"quantization_config": quantization}, "layers": layers}
 

@@ -42,6 +42,7 @@ from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential import SequentialPipeline
 from llmcompressor.pipelines.sequential import pipeline as sequential_pipeline
 from llmcompressor.recipe import Recipe
+from llmcompressor.sentinel import Sentinel
 from llmcompressor.utils.dist import broadcast_qparams_and_cleanup
 from llmcompressor.utils.helpers import (
     DisableQuantization,
@@ -63,6 +64,7 @@ __all__ = [
     "ModifierFactory",
     "QuantizationMixin",
     "Recipe",
+    "Sentinel",
     "SequentialPipeline",
     "active_session",
     "all_experts_on_meta",

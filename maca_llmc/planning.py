@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from maca_llmc.data.calibration import batches_of_equal_length
 from maca_llmc.distinct_inputs import distinct_inputs, forward_flops
 from maca_llmc.full_precision import asymmetric_modifiers, forward_passes
 from maca_llmc.hessian import ROWS_AT_ONCE
-from maca_llmc.llmcompressor_api import decoder_layers
+from maca_llmc.llmcompressor_api import GPTQModifier, decoder_layers
 from maca_llmc.prepare import Run, check_disk, prepare
 from maca_llmc.probe import (
     Speeds,
@@ -67,7 +68,7 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
         "modules": quantized_modules(run),
         "unquantized": unquantized_modules(run),
         "hessians": {
-            "modules": len(targeted(run)),
+            "modules": len(schemes_of(run)),
             "distinct": len(solves),
             "largest_layer_bytes": max(layer_hessians(solves).values()),
         },
@@ -82,16 +83,21 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def targeted(run: Run) -> dict[str, int]:
-    """Input widths of the modules to quantize, by name."""
-    return linear_widths(run.shapes, run.modifier.resolved_targets, run.modifier.ignore)
+    """Input widths of the modules that are quantized with a Hessian, by name."""
+    found: dict[str, int] = {}
+    for modifier in run.modifiers:
+        if isinstance(modifier, GPTQModifier):
+            found |= linear_widths(run.shapes, modifier.resolved_targets, modifier.ignore)
+    return found
 
 
 def schemes_of(run: Run) -> dict[str, Any]:
     """The scheme of each module to quantize, by name; the first that targets it, as applied."""
     found: dict[str, Any] = {}
-    for scheme in run.modifier.resolved_config.config_groups.values():
-        for name in linear_widths(run.shapes, scheme.targets, run.modifier.ignore):
-            found.setdefault(name, scheme)
+    for modifier in run.modifiers:
+        for scheme in modifier.resolved_config.config_groups.values():
+            for name in linear_widths(run.shapes, scheme.targets, modifier.ignore):
+                found.setdefault(name, scheme)
     return found
 
 
@@ -156,10 +162,11 @@ def searched_weights(run: Run) -> int:
     """How many weights a scale is searched for."""
     if not getattr(run.modifier, "hessian_scales", False):
         return 0
+    with_hessian = targeted(run)
     return sum(
         run.shapes.get_submodule(name).weight.numel()
         for name, scheme in schemes_of(run).items()
-        if are_searched(scheme.weights)
+        if name in with_hessian and are_searched(scheme.weights)
     )
 
 
@@ -183,7 +190,7 @@ def kept_width(run: Run, solves: list[Solve]) -> int:
     For GPTAQ these are the hidden states of two models, and what a layer's modules receive in one.
     """
     width: int = run.config.get_text_config().hidden_size
-    if not asymmetric_modifiers([run.modifier]):
+    if not asymmetric_modifiers(run.modifiers):
         return width
     received: dict[int, int] = {}
     for solve in solves:
@@ -270,7 +277,7 @@ def _bytes(module: torch.nn.Module) -> int:
 def _reason(run: Run, name: str, module: torch.nn.Module) -> str:
     if isinstance(module, torch.nn.Embedding):
         return "embeddings are looked up, not multiplied with"
-    for entry in run.modifier.ignore:
+    for entry in chain.from_iterable(modifier.ignore for modifier in run.modifiers):
         matches = (
             re.match(entry[3:], name)
             if entry.startswith("re:")

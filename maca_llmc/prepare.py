@@ -18,7 +18,7 @@ from maca_llmc.errors import UserError
 from maca_llmc.files import existing_parent, unwritable_parent
 from maca_llmc.inspection import DiagonalRecorder, inspected_modules
 from maca_llmc.llmcompressor_api import Recipe
-from maca_llmc.recipes import default_recipe, quantizing_modifier, read_recipe
+from maca_llmc.recipes import default_recipe, quantizing_modifiers, read_recipe
 from maca_llmc.schemes import check_schemes, linear_widths
 from maca_llmc.state import state_folder
 
@@ -28,6 +28,7 @@ class Run:
     """What a quantize run has decided and measured so far.
 
     :param shapes: the model without weights
+    :param modifiers: of the recipe, those that quantize, the ones with Hessians first
     :param batch_tokens: tokens that go through a layer together
     :param cache_bytes: hidden states held in memory; None for half of what is free
     """
@@ -36,7 +37,7 @@ class Run:
     config: Any
     shapes: Any
     recipe: Recipe
-    modifier: Any
+    modifiers: list[Any]
     calibration: CalibrationSet
     processor: Any
     recorder: DiagonalRecorder
@@ -47,6 +48,11 @@ class Run:
     losses: dict[str, float] = field(default_factory=dict)
     wall_seconds: dict[str, float] = field(default_factory=dict)
     spilled_bytes: int = 0
+
+    @property
+    def modifier(self) -> Any:
+        """The one that the run is about: MaCa, where the recipe has it."""
+        return self.modifiers[0]
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -88,6 +94,7 @@ def prepare(
     :param balance: "tokens" or "counts": what every scale gets the same of
     :param whole_documents: documents at their natural length instead of windows
     :param text_column: of the data; so ``split`` and ``config_name`` of a hub data set
+    :param modifiers: of the recipe, those that quantize, the ones with Hessians first
     :param batch_tokens: tokens that go through a layer together, in sequences of one length
     :param cache_gb: hidden states to hold in memory, the rest going to disk; half of what is free
         if None
@@ -110,10 +117,11 @@ def prepare(
     config = models.load_config(source)
     shapes = models.meta_model(config)
     parsed = parsed or default_recipe(shapes)
-    modifier = quantizing_modifier(parsed)
-    check_schemes(modifier, shapes)
-    if container:
-        check_container(modifier.resolved_config.config_groups.values())
+    modifiers = quantizing_modifiers(parsed)
+    for modifier in modifiers:
+        check_schemes(modifier, shapes)
+        if container:
+            check_container(modifier.resolved_config.config_groups.values())
     context = models.context_length(config)
     if scales is None and not whole_documents:
         scales = [scale for scale in defaults.SCALES if context is None or scale <= context]
@@ -138,13 +146,13 @@ def prepare(
         config_name=config_name,
     )
     calibration.dataloader(batch_tokens)  # refuses a size that makes no sense
-    names = list(linear_widths(shapes, modifier.resolved_targets, modifier.ignore))
+    names = list(linear_widths(shapes, modifiers[0].resolved_targets, modifiers[0].ignore))
     return Run(
         source=source,
         config=config,
         shapes=shapes,
         recipe=parsed,
-        modifier=modifier,
+        modifiers=modifiers,
         calibration=calibration,
         processor=processor,
         recorder=DiagonalRecorder(inspected_modules(names), scales or defaults.SCALES),

@@ -126,7 +126,11 @@ def _calibrate(run: Run, state: RunState) -> Any:
 def _write_records(
     run: Run, folder: Path, name: str, state: RunState, identity: dict[str, Any]
 ) -> None:
-    schemes = [describe_scheme(s) for s in run.modifier.resolved_config.config_groups.values()]
+    schemes = [
+        describe_scheme(scheme)
+        for modifier in run.modifiers
+        for scheme in modifier.resolved_config.config_groups.values()
+    ]
     container = run.container
     content = {
         "format": 1,

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from maca_llmc.errors import UserError
-from maca_llmc.llmcompressor_api import QuantizationMixin, Recipe
+from maca_llmc.llmcompressor_api import GPTQModifier, QuantizationMixin, Recipe, Sentinel
 from maca_llmc.modifier import MaCaModifier
 from maca_llmc.schemes import default_ignore, dividing_group_sizes, linear_widths
 
@@ -67,20 +67,26 @@ def save_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """A recipe as plain YAML, all fields resolved."""
-    plain = json.loads(json.dumps(recipe.to_dict()))
+    """A recipe as plain YAML, fields resolved; those that AWQ marks as not given are left out."""
+    plain = json.loads(json.dumps(_without_marks(recipe.to_dict())))
     return yaml.safe_dump(plain, sort_keys=False)
 
 
-def quantizing_modifier(recipe: Recipe) -> Any:
-    """The modifier of a recipe that holds the quantization schemes.
+def _without_marks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_marks(v) for k, v in value.items() if not isinstance(v, Sentinel)}
+    return [_without_marks(v) for v in value] if isinstance(value, list) else value
+
+
+def quantizing_modifiers(recipe: Recipe) -> list[Any]:
+    """The modifiers of a recipe that hold quantization schemes, those with Hessians first.
 
     :raises UserError: when there is none
     """
-    for modifier in recipe.modifiers:
-        if isinstance(modifier, QuantizationMixin):
-            return modifier
-    raise UserError("the recipe quantizes nothing: add a MaCaModifier or GPTQModifier")
+    found = [modifier for modifier in recipe.modifiers if isinstance(modifier, QuantizationMixin)]
+    if not found:
+        raise UserError("the recipe quantizes nothing: add a MaCaModifier or GPTQModifier")
+    return sorted(found, key=lambda modifier: not isinstance(modifier, GPTQModifier))
 
 
 def _check_structure(path: Path, content: Any) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from maca_llmc import models, record
 from maca_llmc.llmcompressor_api import (
+    GPTQModifier,
     gptq_progress,
     restore_gptq_progress,
     update_offload_parameter,
@@ -33,7 +34,8 @@ class LayerKeeper:
             content = self._state.content
             self._run.losses.update(content["losses"])
             self._run.recorder.restore_progress(content["diagonals"])
-            restore_modifier_progress(self._run.modifier, content["modifier"])
+            for modifier, progress in zip(self._run.modifiers, content["modifiers"], strict=True):
+                restore_modifier_progress(modifier, progress)
         put_back(layer, self._state.load_layer(index), update_offload_parameter)
 
     def keep(self, layer: torch.nn.Module) -> None:
@@ -41,21 +43,23 @@ class LayerKeeper:
         content = {
             "losses": self._run.losses,
             "diagonals": self._run.recorder.progress(),
-            "modifier": modifier_progress(self._run.modifier),
+            "modifiers": [modifier_progress(modifier) for modifier in self._run.modifiers],
         }
         self._state.save_layer(layer_tensors(layer), content)
 
 
 def modifier_progress(modifier: Any) -> dict[str, Any]:
-    """What MaCa or stock GPTQ knows of finished layers."""
-    return modifier.progress() if isinstance(modifier, MaCaModifier) else gptq_progress(modifier)
+    """What MaCa or stock GPTQ knows of finished layers; others know nothing."""
+    if isinstance(modifier, MaCaModifier):
+        return modifier.progress()
+    return gptq_progress(modifier) if isinstance(modifier, GPTQModifier) else {}
 
 
 def restore_modifier_progress(modifier: Any, progress: dict[str, Any]) -> None:
     """Take over what :func:`modifier_progress` said."""
     if isinstance(modifier, MaCaModifier):
         modifier.restore_progress(progress)
-    else:
+    elif isinstance(modifier, GPTQModifier):
         restore_gptq_progress(modifier, progress)
 
 

@@ -169,6 +169,46 @@ def test_gptq_keeps_no_diagonals(tiny_models, tmp_path):
     assert record["method"] == "GPTQ" and len(record["modules"]) == 7
 
 
+INT4 = "{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: 32}"
+FP8 = "{num_bits: 8, type: float, symmetric: true, strategy: channel}"
+GROUPS = f"{{g: {{targets: [Linear], weights: {INT4}}}}}"
+MACA = f"MaCaModifier: {{ignore: [lm_head], config_groups: {GROUPS}}}"
+RECIPES = {
+    "two schemes": f"""
+      QuantizationModifier: {{config_groups: {{g: {{targets: ['re:.*attn.*'], weights: {FP8}}}}}}}
+      MaCaModifier: {{config_groups: {{h: {{targets: ['re:.*mlp.*'], weights: {INT4}}}}}}}
+    """,
+    "no Hessian": f"""
+      QuantizationModifier: {{config_groups: {{g: {{targets: ['re:.*_proj'], weights: {FP8}}}}}}}
+    """,
+    "awq": f"""
+      AWQModifier: {{n_grid: 4}}
+      {MACA}
+    """,
+    "rotated": f"""
+      SpinQuantModifier: {{rotations: [R1, R2], transform_type: hadamard}}
+      {MACA}
+    """,
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_of_other_modifiers(tiny_models, tmp_path, in_memory, recipe):
+    """Each runs, names its schemes, and is on disk what it was in memory."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"a_stage:\n  b_modifiers:\n{RECIPES[recipe]}")
+    output = quantize(tiny_models("llama"), tmp_path / "out", file)
+    schemes = {
+        "two schemes": "W4A16 int, group 32, symmetric; W8A16 float, channel, symmetric",
+        "no Hessian": "W8A16 float, channel, symmetric",
+    }
+    scheme = json.loads((output / "maca_run.json").read_text())["scheme"]
+    assert scheme == schemes.get(recipe, "W4A16 int, group 32, symmetric")
+    assert len(in_memory.weights) == 14
+    assert same_tokens(load(output, dequantize=True), in_memory.tokens)
+    assert (output / "recipe.yaml").read_text().count("Modifier:") == RECIPES[recipe].count("Mod")
+
+
 # the same again
 
 

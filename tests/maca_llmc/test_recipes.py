@@ -11,7 +11,7 @@ from tiny import WIDE
 
 from maca_llmc import MaCaModifier
 from maca_llmc.errors import UserError
-from maca_llmc.recipes import default_recipe, quantizing_modifier, read_recipe, save_recipe
+from maca_llmc.recipes import default_recipe, quantizing_modifiers, read_recipe, save_recipe
 
 FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 FAMILIES = {"qwen3": ["qwen3", "qwen3_moe"], "gemma3": ["gemma3_text", "gemma3"]}
@@ -49,7 +49,7 @@ def test_the_recipes_are_the_ones_expected():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_recipe_names_its_method(file):
-    modifier = quantizing_modifier(read_recipe(file))
+    modifier = quantizing_modifiers(read_recipe(file))[0]
     method = {"maca": MaCaModifier, "gptq": GPTQModifier}[file.suffixes[-2].removeprefix(".")]
     assert type(modifier) is method
     assert method is GPTQModifier or modifier.length_exponent == 1.0
@@ -104,9 +104,9 @@ def test_the_vision_tower_and_projector_are_left_alone_on_reload_too(tiny_models
 def test_one_word_makes_a_gptq_recipe_a_maca_recipe(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(VALID)
-    stock = quantizing_modifier(read_recipe(file))
+    stock = quantizing_modifiers(read_recipe(file))[0]
     file.write_text(VALID.replace("GPTQModifier", "MaCaModifier"))
-    maca = quantizing_modifier(read_recipe(file))
+    maca = quantizing_modifiers(read_recipe(file))[0]
     assert type(stock) is GPTQModifier and type(maca) is MaCaModifier
     own = {"length_exponent", "nested_scales", "first_token_weight"}
     own |= {"hessian_scales", "gptaq_alpha"}
@@ -118,7 +118,7 @@ def test_preset_schemes_run_with_maca_and_nested_scales(tiny_models, tmp_path, s
     text = VALID.replace("GPTQModifier", "MaCaModifier").replace("W4A16", scheme)
     file = tmp_path / "recipe.yaml"
     file.write_text(text + "      nested_scales: [8, 16]\n")
-    assert quantizing_modifier(read_recipe(file)).nested_scales == [8, 16]
+    assert quantizing_modifiers(read_recipe(file))[0].nested_scales == [8, 16]
     output = quantize(tiny_models("llama", **SHAPE), tmp_path / "out", file)
     weights = quantization_config(output)["config_groups"]["group_0"]["weights"]
     assert (weights["type"], weights["symmetric"]) == {
@@ -156,7 +156,7 @@ def test_a_saved_recipe_reads_as_the_same(tmp_path, file):
 def test_the_default_recipe_takes_the_largest_group_that_fits(tiny_model, widths, expected):
     head = widths["hidden_size"] // 4
     model = tiny_model("llama", num_hidden_layers=1, head_dim=head, **widths)
-    modifier = quantizing_modifier(default_recipe(model))
+    modifier = quantizing_modifiers(default_recipe(model))[0]
     weights = modifier.resolved_config.config_groups["group_0"].weights
     assert type(modifier) is MaCaModifier and modifier.ignore == ["lm_head"]
     assert (weights.num_bits, weights.strategy, weights.group_size) == (4, *expected)
@@ -225,4 +225,14 @@ def test_a_recipe_that_quantizes_nothing_is_refused(tmp_path):
         "a_stage:\n  b_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.5}\n"
     )
     with pytest.raises(UserError, match="quantizes nothing: add a MaCaModifier"):
-        quantizing_modifier(read_recipe(file))
+        quantizing_modifiers(read_recipe(file))
+
+
+def test_modifiers_with_hessians_stand_first(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "a_stage: {b_modifiers: {QuantizationModifier: {scheme: FP8_DYNAMIC, targets: ['re:.*v']}, "
+        "MaCaModifier: {scheme: W4A16, targets: ['re:.*k']}}}"
+    )
+    names = [type(modifier).__name__ for modifier in quantizing_modifiers(read_recipe(file))]
+    assert names == ["MaCaModifier", "QuantizationModifier"]
