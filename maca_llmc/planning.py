@@ -68,7 +68,7 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
         "modules": quantized_modules(run),
         "unquantized": unquantized_modules(run),
         "hessians": {
-            "modules": len(schemes_of(run)),
+            "modules": len(targeted(run)),
             "distinct": len(solves),
             "largest_layer_bytes": max(layer_hessians(solves).values()),
         },

@@ -68,7 +68,7 @@ def save_recipe(recipe: Recipe, folder: Path) -> None:
 
 def recipe_text(recipe: Recipe) -> str:
     """A recipe as plain YAML, fields resolved; those that AWQ marks as not given are left out."""
-    plain = json.loads(json.dumps(_without_marks(recipe.to_dict())))
+    plain = json.loads(json.dumps(_without_marks(recipe.to_dict()), default=_named))
     return yaml.safe_dump(plain, sort_keys=False)
 
 
@@ -76,6 +76,12 @@ def _without_marks(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_marks(v) for k, v in value.items() if not isinstance(v, Sentinel)}
     return [_without_marks(v) for v in value] if isinstance(value, list) else value
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, torch.device):  # where AWQ keeps what goes into experts
+        return str(value)
+    raise TypeError(f"a recipe cannot hold {value!r}")
 
 
 def quantizing_modifiers(recipe: Recipe) -> list[Any]:

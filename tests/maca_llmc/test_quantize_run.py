@@ -197,7 +197,7 @@ def test_recipes_of_other_modifiers(tiny_models, tmp_path, in_memory, recipe):
     """Each runs, names its schemes, and is on disk what it was in memory."""
     file = tmp_path / "recipe.yaml"
     file.write_text(f"a_stage:\n  b_modifiers:\n{RECIPES[recipe]}")
-    output = quantize(tiny_models("llama"), tmp_path / "out", file)
+    output = quantize(tiny_models("llama", **WIDE), tmp_path / "out", file)
     schemes = {
         "two schemes": "W4A16 int, group 32, symmetric; W8A16 float, channel, symmetric",
         "no Hessian": "W8A16 float, channel, symmetric",
