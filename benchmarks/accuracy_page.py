@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 from collections import Counter, defaultdict
+from itertools import product
 
 import numpy as np
 from accuracy_arms import (
@@ -186,10 +187,19 @@ def scale_table() -> str:
 def plot(groups: dict[tuple[str, str], Cells]) -> str:
     """KL by input length of the default and the baselines; the name of the picture."""
     colours = {method: f"C{number}" for number, method in enumerate([*BASELINES, DEFAULT])}
+    models = list(dict.fromkeys(model for model, _ in groups))
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(3.2 * len(groups), 3.6), squeeze=False, layout="constrained"
+        len(models),
+        len(SCHEMES),
+        figsize=(3.2 * len(SCHEMES), 3 * len(models) + 0.4),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, ((model, scheme), cells) in zip(axes[0], groups.items(), strict=True):
+    for axis, (model, scheme) in zip(axes.flat, product(models, SCHEMES), strict=True):
+        cells = groups.get((model, scheme), {})
+        if not cells:
+            axis.set_axis_off()
+            continue
         for method, colour in colours.items():
             found = list(cells.get(method, {}).values())
             if found:
@@ -199,7 +209,7 @@ def plot(groups: dict[tuple[str, str], Cells]) -> str:
         axis.set(xscale="log", title=f"{model}\n{scheme}", xlabel="input length", ylim=(0, None))
         axis.set_xticks(LENGTHS, map(str, LENGTHS))
         axis.minorticks_off()
-    axes[0][0].set_ylabel("KL to the base, nats per token")
+    figure.supylabel("KL to the base, nats per token")
     lines = [Line2D([], [], color=colour, marker="o") for colour in colours.values()]
     figure.legend(lines, colours, loc="outside lower center", ncols=len(lines))
     figure.savefig(PLOTS / "accuracy.svg", metadata={"Date": None})
