@@ -295,13 +295,26 @@ def load_dequantized(source: str, device: torch.device) -> Any:
     """A model in bfloat16, quantized or not; what was quantized is computed with at 16 bits.
 
     :param source: folder or hub name, see ``models.resolve_model``
+    :raises UserError: for one that rotates while it runs, which transformers does not do
     """
     config = models.read_config(source)
     quantized = getattr(config, "quantization_config", None) is not None
+    if quantized:
+        _check_rotations(source, config.quantization_config)
     extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     with quiet():
         model = models.load_model(source, config, torch.bfloat16, **extra)
     return model.to(device)
+
+
+def _check_rotations(source: str, quantization: dict[str, Any]) -> None:
+    groups = (quantization.get("transform_config") or {}).get("config_groups") or {}
+    for name, group in groups.items():
+        if any(not part["location"].startswith("weight_") for part in group["apply"]):
+            raise UserError(
+                f"{source} rotates activations while it runs ({name}), which transformers leaves "
+                "out: measure it with maca-serve accuracy"
+            )
 
 
 def _divergence(windows: list[float]) -> dict[str, Any]:

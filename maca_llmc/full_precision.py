@@ -54,7 +54,9 @@ class FullStream:
         """
         self._input_of.clear()
         names = {module: name for name, module in layer.named_modules()}
-        targets = [module for module in names if hasattr(module, "quantization_scheme")]
+        schemes = {module: getattr(module, "quantization_scheme", None) for module in names}
+        # attention has a scheme without weights where the KV cache is quantized
+        targets = [module for module, scheme in schemes.items() if scheme and scheme.weights]
         received: list[tuple[torch.nn.Module, torch.Tensor]] = []
 
         def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:

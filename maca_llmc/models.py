@@ -11,11 +11,17 @@ import torch
 import transformers
 from compressed_tensors.quantization.utils import is_module_quantized
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from maca_llmc import smollm2
 from maca_llmc.errors import UserError
-from maca_llmc.llmcompressor_api import loading_separate_experts, separate_experts
+from maca_llmc.llmcompressor_api import loading_separate_experts, patch_attr, separate_experts
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
@@ -132,8 +138,11 @@ def save_model(model: Any, folder: Path) -> None:
 
     llm-compressor writes what is not quantized under the checkpoint's names, which vLLM reads.
     transformers looks for its own names: where they differ (a vision tower), both are listed.
+    What the base model says of generation is passed on as it is: some of it (a temperature beside
+    ``do_sample: false``) transformers reads and would not write.
     """
-    model.save_pretrained(folder)
+    with patch_attr(GenerationConfig, "validate", lambda *_, **__: None):
+        model.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     ignored = config["quantization_config"]["ignore"]

@@ -97,6 +97,8 @@ class MaCaModifier(GPTQModifier):
     times the dampening until it is; such modules are named and counted at the end.
     """
 
+    dampening_frac: float | None = Field(default=0.01, ge=0.0)
+    block_size: int = Field(default=128, ge=1)
     length_exponent: float = Field(default=1.0, ge=0.0, le=1.0)
     nested_scales: list[int] | None = None
     first_token_weight: float = Field(default=4.0, gt=0.0)

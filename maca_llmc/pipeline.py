@@ -132,7 +132,7 @@ class LayerPipeline(CalibrationPipeline):
         modifiers = active_session().lifecycle.recipe.modifiers
         if transforms(modifiers):
             # Rotations have just changed what goes into the first layer.
-            with calibration_forward(model):
+            with calibration_forward(model), HooksMixin.disable_hooks():
                 calls = record_batches(model, layers, dataloader, (device, store), resources.hidden)
         batches = Batches(calls, resources.hidden, device, store)
         asymmetric = asymmetric_modifiers(modifiers)

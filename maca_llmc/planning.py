@@ -63,14 +63,14 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
         check_disk(Path(output).expanduser().absolute(), run.shapes)
         solves = find_solves(run)
         flops = count_flops(run, solves)
-        speeds = probe(run.config, max(solve.width for solve in solves), run.device)
+        speeds = probe(run.config, max((s.width for s in solves), default=1), run.device)
     return {
         "modules": quantized_modules(run),
         "unquantized": unquantized_modules(run),
         "hessians": {
             "modules": len(targeted(run)),
             "distinct": len(solves),
-            "largest_layer_bytes": max(layer_hessians(solves).values()),
+            "largest_layer_bytes": max(layer_hessians(solves).values(), default=0),
         },
         "calibration": run.calibration.record(),
         "flops": flops,

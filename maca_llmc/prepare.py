@@ -19,7 +19,7 @@ from maca_llmc.files import existing_parent, unwritable_parent
 from maca_llmc.inspection import DiagonalRecorder, inspected_modules
 from maca_llmc.llmcompressor_api import Recipe
 from maca_llmc.recipes import default_recipe, quantizing_modifiers, read_recipe
-from maca_llmc.schemes import check_schemes, linear_widths
+from maca_llmc.schemes import check_overlap, check_schemes, linear_widths
 from maca_llmc.state import state_folder
 
 
@@ -120,8 +120,9 @@ def prepare(
     modifiers = quantizing_modifiers(parsed)
     for modifier in modifiers:
         check_schemes(modifier, shapes)
-        if container:
-            check_container(modifier.resolved_config.config_groups.values())
+    check_overlap(modifiers, shapes)
+    if container:
+        check_container(s for m in modifiers for s in m.resolved_config.config_groups.values())
     context = models.context_length(config)
     if scales is None and not whole_documents:
         scales = [scale for scale in defaults.SCALES if context is None or scale <= context]

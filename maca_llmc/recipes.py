@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import yaml
+from compressed_tensors.quantization import QuantizationScheme
 from pydantic import ValidationError
 
 from maca_llmc.errors import UserError
@@ -24,7 +25,7 @@ def read_recipe(path: str | Path) -> Recipe:
     if not path.is_file():
         raise UserError(f"recipe {path} is no file: see recipes/ for ready ones")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _NoRepeats)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
     _check_structure(path, content)
@@ -32,7 +33,11 @@ def read_recipe(path: str | Path) -> Recipe:
         recipe = Recipe.create_instance(str(path))
         for modifier in recipe.modifiers:
             if isinstance(modifier, QuantizationMixin):
-                modifier.resolve_quantization_config()  # schemes are not looked at before
+                resolved = modifier.resolve_quantization_config()  # not looked at before
+                for scheme in resolved.config_groups.values():
+                    # a modifier's actorder is put into schemes unseen
+                    QuantizationScheme.model_validate(scheme.model_dump())
+        _check_order(path, recipe.modifiers)
         return recipe
     except ValidationError as error:
         raise UserError(f"recipe {path}: {_first_problem(error)}") from error
@@ -40,6 +45,32 @@ def read_recipe(path: str | Path) -> Recipe:
         cure = " Use MaCaModifier, GPTQModifier or another of llm-compressor's."
         unknown = str(error).startswith("No modifier of type")
         raise UserError(f"recipe {path}: {_one_line(error)}{cure if unknown else ''}") from error
+
+
+class _NoRepeats(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} stands twice{node.start_mark}: keep one")
+        return dict(super().construct_mapping(node, deep=deep))
+
+
+def _check_order(path: Path, modifiers: list[Any]) -> None:
+    names = [type(modifier).__name__ for modifier in modifiers]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"recipe {path}: has {name} {names.count(name)} times: give one all config_groups"
+            )
+    quantizing = [isinstance(modifier, QuantizationMixin) for modifier in modifiers]
+    for number, name in enumerate(names):
+        if not quantizing[number] and any(quantizing[:number]):
+            raise UserError(
+                f"recipe {path}: {name} would change what is quantized by then: put it first"
+            )
 
 
 def default_recipe(model: torch.nn.Module) -> Recipe:

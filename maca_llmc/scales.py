@@ -83,7 +83,7 @@ def search_scales(
     :return: scale and zero point, ``[rows, d / group_size]`` (``[rows, 1]`` by channel), as
         llm-compressor's observers give them
     """
-    size = args.group_size or weight.shape[1]
+    size = args.group_size if args.strategy == "group" else weight.shape[1]
     groups = weight.unflatten(1, (-1, size))
     by_group = costs.view(-1, size)
     rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])

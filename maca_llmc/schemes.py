@@ -112,6 +112,22 @@ def check_schemes(modifier: Any, model: Any) -> None:
             )
 
 
+def check_overlap(modifiers: list[Any], model: Any) -> None:
+    """Check that no two modifiers quantize one Linear.
+
+    :raises UserError: names it; llm-compressor would let the later one have it
+    """
+    owner: dict[str, Any] = {}
+    for modifier in modifiers:
+        for name in linear_widths(model, modifier.resolved_targets, modifier.ignore):
+            first = type(owner.setdefault(name, modifier)).__name__
+            if owner[name] is not modifier:
+                raise UserError(
+                    f"{name} is quantized by {first} and by {type(modifier).__name__}: narrow the "
+                    "targets of one, or add it to its ignore list"
+                )
+
+
 def check_gptaq(modifier: Any) -> None:
     """Refuse schemes that GPTAQ's sweep is not written for.
 

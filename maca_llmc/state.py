@@ -160,9 +160,12 @@ def state_folder(output: Path) -> Path:
 
 
 def layer_tensors(layer: torch.nn.Module) -> Tensors:
-    """What a quantized layer consists of, without what only calibration needs."""
+    """What a quantized layer consists of, without what only calibration needs.
+
+    Copies, since QuIP's modules share their matrices, which no safetensors file can hold.
+    """
     return {
-        name: tensor.cpu()
+        name: tensor.cpu().clone()
         for name, tensor in layer.state_dict().items()
         if "_observer." not in name
     }

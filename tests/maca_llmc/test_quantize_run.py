@@ -21,6 +21,7 @@ from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 import maca_llmc
 from maca_llmc import models, quantize_run
 from maca_llmc.errors import UserError
+from maca_llmc.evaluation import load_dequantized
 from maca_llmc.llmcompressor_api import loading_separate_experts
 from maca_llmc.record import RECORD_FILE
 
@@ -40,7 +41,7 @@ class InMemory:
         self.weights = {
             name: module.weight.detach().clone()
             for name, module in model.named_modules()
-            if hasattr(module, "quantization_scheme")
+            if hasattr(module, "quantization_scheme") and isinstance(module, torch.nn.Linear)
         }
         self.tokens = greedy(model, PROMPTS)
 
@@ -189,6 +190,13 @@ RECIPES = {
       SpinQuantModifier: {{rotations: [R1, R2], transform_type: hadamard}}
       {MACA}
     """,
+    "channel as a group": f"""
+      {MACA.replace("group, group_size: 32", "channel, group_size: -1")}
+    """,
+    "gptaq and the cache": f"""
+      {MACA[:-1]}, gptaq_alpha: 0.25,
+        kv_cache_scheme: {{num_bits: 8, type: float, symmetric: true, strategy: tensor}}}}
+    """,
 }
 
 
@@ -201,12 +209,47 @@ def test_recipes_of_other_modifiers(tiny_models, tmp_path, in_memory, recipe):
     schemes = {
         "two schemes": "W4A16 int, group 32, symmetric; W8A16 float, channel, symmetric",
         "no Hessian": "W8A16 float, channel, symmetric",
+        "channel as a group": "W4A16 int, channel, symmetric",
     }
     scheme = json.loads((output / "maca_run.json").read_text())["scheme"]
     assert scheme == schemes.get(recipe, "W4A16 int, group 32, symmetric")
     assert len(in_memory.weights) == 14
     assert same_tokens(load(output, dequantize=True), in_memory.tokens)
     assert (output / "recipe.yaml").read_text().count("Modifier:") == RECIPES[recipe].count("Mod")
+
+
+def test_rotations_at_run_time_are_written_and_not_measured(tiny_models, tmp_path):
+    """Their matrices are shared by many modules; transformers loads them and leaves them out."""
+    file = tmp_path / "recipe.yaml"
+    rotation = "QuIPModifier: {rotations: [v, u], transform_type: hadamard}"
+    file.write_text(f"a_stage:\n  b_modifiers:\n    {rotation}\n    {MACA}\n")
+    source = tiny_models("llama", **WIDE)
+    output = quantize(source, tmp_path / "out", file)
+    with pytest.raises(UserError, match=r"rotates activations while it runs \([uv]\).*maca-serve"):
+        load_dequantized(str(output), torch.device("cpu"))
+
+
+def test_a_multimodal_model_runs_behind_another_modifier(tiny_models, tmp_path):
+    """What is recorded again after it is not for hooks to see."""
+    file = tmp_path / "recipe.yaml"
+    pruning = "ConstantPruningModifier: {targets: ['re:.*mlp.*weight'], start: 0, end: 1}"
+    ignore = "ignore: [lm_head, 're:.*vision.*', 're:.*multi_modal.*']"
+    file.write_text(
+        f"a_stage:\n  b_modifiers:\n    {pruning}\n"
+        f"    {MACA.replace('ignore: [lm_head]', ignore)}\n"
+    )
+    output = quantize(tiny_models("gemma3", **SHAPE), tmp_path / "out", file)
+    assert len(quantized_modules(output)) == 7
+
+
+def test_contradictory_generation_settings_are_passed_on(tiny_models, tmp_path):
+    source = tmp_path / "base"
+    shutil.copytree(tiny_models("llama", **SHAPE), source)
+    settings = {"do_sample": False, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    output = quantize(source, tmp_path / "out")
+    written = json.loads((output / "generation_config.json").read_text())
+    assert {key: written.get(key, False) for key in settings} == settings
 
 
 # the same again

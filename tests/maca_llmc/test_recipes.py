@@ -236,3 +236,31 @@ def test_modifiers_with_hessians_stand_first(tmp_path):
     )
     names = [type(modifier).__name__ for modifier in quantizing_modifiers(read_recipe(file))]
     assert names == ["MaCaModifier", "QuantizationModifier"]
+
+
+MACA = "MaCaModifier: {scheme: W4A16, ignore: [lm_head]}"
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "says"),
+    [
+        ([MACA, MACA], "key 'MaCaModifier' stands twice"),
+        ([MACA, "SmoothQuantModifier: {}"], "SmoothQuantModifier would change what is quantized"),
+        ([MACA, "SpinQuantModifier: {rotations: [R1]}"], "SpinQuantModifier would change"),
+        (["MaCaModifier: {scheme: W4A16, actorder: group}"], "actorder='group' has been removed"),
+        (["MaCaModifier: {scheme: W4A16, dampening_frac: -0.5}"], "dampening_frac -0.5"),
+        (["MaCaModifier: {scheme: W4A16, block_size: 0}"], "block_size 0"),
+    ],
+)
+def test_recipes_that_would_do_something_else_are_refused(tmp_path, modifiers, says):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("a_stage:\n  b_modifiers:\n" + "".join(f"    {m}\n" for m in modifiers))
+    with pytest.raises(UserError, match=says):
+        read_recipe(file)
+
+
+def test_one_modifier_in_two_stages_is_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"a_stage: {{b_modifiers: {{{MACA}}}}}\nc_stage: {{b_modifiers: {{{MACA}}}}}\n")
+    with pytest.raises(UserError, match="has MaCaModifier 2 times: give one all config_groups"):
+        read_recipe(file)

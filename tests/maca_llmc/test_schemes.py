@@ -7,6 +7,7 @@ from tiny import tiny_config
 from maca_llmc import MaCaModifier, models
 from maca_llmc.errors import UserError
 from maca_llmc.schemes import (
+    check_overlap,
     check_schemes,
     default_ignore,
     describe_scheme,
@@ -154,3 +155,11 @@ def test_vision_towers_and_projectors_are_left_alone_by_default(tiny_models):
 def test_schemes_in_words(fields, expected):
     arguments = {name: QuantizationArgs(**value) for name, value in fields.items()}
     assert describe_scheme(QuantizationScheme(targets=["Linear"], **arguments)) == expected
+
+
+def test_a_linear_of_two_modifiers_is_refused():
+    model = shapes("llama")
+    attention, mlp = modifier(32, ["re:.*attn.*"]), modifier(32, ["re:.*mlp.*"])
+    check_overlap([attention, mlp], model)
+    with pytest.raises(UserError, match=r"mlp.gate_proj is quantized by MaCaModifier and by"):
+        check_overlap([mlp, modifier(32)], model)
