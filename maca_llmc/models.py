@@ -124,13 +124,37 @@ def load_model(source: str, config: Any, dtype: Any = "auto", **extra: Any) -> A
     llm-compressor moves one layer at a time to the device, so the model may be larger than it.
 
     :param extra: passed on to ``from_pretrained``
-    :raises UserError: when its weights cannot be read
+    :raises UserError: when its weights cannot be read, or some are not there: transformers would
+        make them up
     """
     model_class = model_class_of(config)
-    with _readable(source), loading_separate_experts(model_class, config.model_type):
-        return model_class.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, **extra
-        ).eval()
+    with (
+        _readable(source),
+        noting_missing(model_class) as missing,
+        loading_separate_experts(model_class, config.model_type),
+    ):
+        model = model_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **extra)
+    if missing and getattr(config, "quantization_config", None) is None:
+        raise UserError(
+            f"model {source} lacks {len(missing)} weights of {model_class.__name__}, first "
+            f"{min(missing)}: complete it, or mend the architectures of its config.json"
+        )
+    return model.eval()
+
+
+@contextmanager
+def noting_missing(model_class: Any) -> Iterator[set[str]]:
+    """While open, note which weights a model that is loaded has not found."""
+    original = model_class.from_pretrained
+    missing: set[str] = set()
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        model, found = original(*args, output_loading_info=True, **kwargs)
+        missing.update(found["missing_keys"])
+        return model
+
+    with patch_attr(model_class, "from_pretrained", from_pretrained):
+        yield missing
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoProcessor
 
@@ -129,3 +130,21 @@ def test_a_processor_that_needs_a_missing_package_is_refused(monkeypatch):
     monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
     with pytest.raises(UserError, match=r"of org/m cannot be loaded: .*requires the PyAV library"):
         models.load_processor("org/m", None)
+
+
+def test_weights_that_are_not_there_are_not_made_up(tiny_models, tmp_path):
+    source = tmp_path / "base"
+    shutil.copytree(tiny_models("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"lacks 1 weights of LlamaForCausalLM, first .*1.mlp.up_proj"
+    ):
+        models.load_model(str(source), models.load_config(str(source)))
+
+
+def test_a_tied_head_is_not_missing(tiny_models):
+    source = str(tiny_models("llama", tie_word_embeddings=True))
+    model = models.load_model(source, models.load_config(source))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
