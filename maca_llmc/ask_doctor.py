@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from maca_llmc.prepare import Run
-from maca_llmc.schemes import linear_widths
+from maca_llmc.targets import linear_widths
 
 TARGETS = {
     "this machine": "here",

@@ -37,6 +37,7 @@ from llmcompressor.modifiers.gptq.helpers import (
 )
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.observers import Observer
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential import SequentialPipeline
@@ -83,6 +84,7 @@ __all__ = [
     "gptq_progress",
     "keep_causal_masks",
     "loading_separate_experts",
+    "observer_names",
     "onload_device",
     "patch_attr",
     "restore_gptq_progress",
@@ -95,6 +97,12 @@ __all__ = [
 def empty_hessian(module: torch.nn.Module) -> torch.Tensor:
     """A zero float32 ``[d, d]`` Hessian on the device ``module`` computes on."""
     return make_empty_hessian(module, device=get_execution_device(module))
+
+
+def observer_names() -> list[str]:
+    """What a recipe may name as an observer, as recipes spell it."""
+    known = {*Observer.registered_names(), *Observer.registered_aliases()}
+    return sorted(name.replace("-", "_") for name in known)
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -29,9 +29,10 @@ from maca_llmc.probe import (
 )
 from maca_llmc.progress import quiet
 from maca_llmc.scales import are_searched
-from maca_llmc.schemes import describe_scheme, linear_widths
+from maca_llmc.schemes import describe_scheme
 from maca_llmc.signatures import same_parameters_as
 from maca_llmc.stacks import ROWS_PER_STACK
+from maca_llmc.targets import linear_schemes, linear_widths
 
 FLOAT32 = 4
 
@@ -92,12 +93,10 @@ def targeted(run: Run) -> dict[str, int]:
 
 
 def schemes_of(run: Run) -> dict[str, Any]:
-    """The scheme of each module to quantize, by name; the first that targets it, as applied."""
+    """The scheme of each module to quantize, by name."""
     found: dict[str, Any] = {}
     for modifier in run.modifiers:
-        for scheme in modifier.resolved_config.config_groups.values():
-            for name in linear_widths(run.shapes, scheme.targets, modifier.ignore):
-                found.setdefault(name, scheme)
+        found |= linear_schemes(modifier, run.shapes)
     return found
 
 

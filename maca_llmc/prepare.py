@@ -19,8 +19,9 @@ from maca_llmc.files import existing_parent, unwritable_parent
 from maca_llmc.inspection import DiagonalRecorder, inspected_modules
 from maca_llmc.llmcompressor_api import Recipe
 from maca_llmc.recipes import default_recipe, quantizing_modifiers, read_recipe
-from maca_llmc.schemes import check_overlap, check_schemes, linear_widths
+from maca_llmc.schemes import check_schemes
 from maca_llmc.state import state_folder
+from maca_llmc.targets import check_overlap, linear_widths
 
 
 @dataclass
@@ -94,7 +95,6 @@ def prepare(
     :param balance: "tokens" or "counts": what every scale gets the same of
     :param whole_documents: documents at their natural length instead of windows
     :param text_column: of the data; so ``split`` and ``config_name`` of a hub data set
-    :param modifiers: of the recipe, those that quantize, the ones with Hessians first
     :param batch_tokens: tokens that go through a layer together, in sequences of one length
     :param cache_gb: hidden states to hold in memory, the rest going to disk; half of what is free
         if None

@@ -1,6 +1,8 @@
 """Read a recipe file strictly, or make the default one."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,16 @@ from compressed_tensors.quantization import QuantizationScheme
 from pydantic import ValidationError
 
 from maca_llmc.errors import UserError
-from maca_llmc.llmcompressor_api import GPTQModifier, QuantizationMixin, Recipe, Sentinel
+from maca_llmc.llmcompressor_api import (
+    GPTQModifier,
+    QuantizationMixin,
+    Recipe,
+    Sentinel,
+    observer_names,
+)
 from maca_llmc.modifier import MaCaModifier
-from maca_llmc.schemes import default_ignore, dividing_group_sizes, linear_widths
+from maca_llmc.schemes import dividing_group_sizes
+from maca_llmc.targets import default_ignore, linear_widths
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -29,6 +38,7 @@ def read_recipe(path: str | Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {_one_line(error)}") from error
     _check_structure(path, content)
+    _check_expressions(path, content)
     try:
         recipe = Recipe.create_instance(str(path))
         for modifier in recipe.modifiers:
@@ -37,6 +47,7 @@ def read_recipe(path: str | Path) -> Recipe:
                 for scheme in resolved.config_groups.values():
                     # a modifier's actorder is put into schemes unseen
                     QuantizationScheme.model_validate(scheme.model_dump())
+                    _check_observers(path, scheme)
         _check_order(path, recipe.modifiers)
         return recipe
     except ValidationError as error:
@@ -56,6 +67,35 @@ class _NoRepeats(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"key {key!r} stands twice{node.start_mark}: keep one")
         return dict(super().construct_mapping(node, deep=deep))
+
+
+def _check_expressions(path: Path, content: Any) -> None:
+    for text in _texts(content):
+        if not text.startswith("re:"):
+            continue
+        try:
+            re.compile(text.removeprefix("re:"))
+        except re.error as error:
+            raise UserError(
+                f"recipe {path}: {text!r} is no regular expression: {error}: mend it"
+            ) from error
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _texts(item)
+
+
+def _check_observers(path: Path, scheme: QuantizationScheme) -> None:
+    for args in (scheme.weights, scheme.input_activations, scheme.output_activations):
+        name = None if args is None else args.observer
+        if name is not None and name.lower().replace("-", "_") not in observer_names():
+            raise UserError(
+                f"recipe {path}: no observer {name!r}: use one of {', '.join(observer_names())}"
+            )
 
 
 def _check_order(path: Path, modifiers: list[Any]) -> None:
@@ -98,9 +138,30 @@ def save_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """A recipe as plain YAML, fields resolved; those that AWQ marks as not given are left out."""
-    plain = json.loads(json.dumps(_without_marks(recipe.to_dict()), default=_named))
+    """A recipe as plain YAML, fields resolved, that can be run again.
+
+    Left out is what AWQ marks as not given, and what SpinQuant has resolved for the model at hand.
+    A None that is not its field's default, such as no activation ordering, is kept.
+    """
+    content = recipe.to_dict()
+    for groups in content.values():
+        for fields_of in groups.values():
+            for modifier in recipe.modifiers:
+                if (fields := fields_of.get(type(modifier).__name__)) is not None:
+                    if getattr(modifier, "mappings", None) is not None:
+                        fields.pop("transform_config", None)
+                    fields |= dict.fromkeys(_meant_none(modifier))
+    plain = json.loads(json.dumps(_without_marks(content), default=_named))
     return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _meant_none(modifier: Any) -> list[str]:
+    fields = type(modifier).model_fields
+    return [
+        name
+        for name in modifier.model_fields_set & fields.keys()
+        if getattr(modifier, name) is None and fields[name].get_default() is not None
+    ]
 
 
 def _without_marks(value: Any) -> Any:

@@ -265,3 +265,7 @@ def test_loaded_experts_hold_the_checkpoints_weights(tiny_models):
     with torch.no_grad():
         expected, found = fused(sequence).logits, separate(sequence).logits
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_observers_are_named_as_in_recipes():
+    assert {"memoryless_minmax", "memoryless_mse", "mse"} <= set(llmcompressor_api.observer_names())

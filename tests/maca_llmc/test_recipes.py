@@ -144,6 +144,29 @@ def test_a_saved_recipe_reads_as_the_same(tmp_path, file):
         assert one.resolve_quantization_config() == other.resolve_quantization_config()
 
 
+@pytest.mark.parametrize("actorder", ["null", "static", "weight"])
+def test_a_saved_recipe_keeps_its_ordering_none_included(tmp_path, actorder):
+    file = tmp_path / "given.yaml"
+    file.write_text(VALID + f"      actorder: {actorder}\n")
+    recipe = read_recipe(file)
+    save_recipe(recipe, tmp_path)
+    again = read_recipe(tmp_path / "recipe.yaml").modifiers[0]
+    assert again.actorder == recipe.modifiers[0].actorder
+    assert (again.actorder is None) == (actorder == "null")
+
+
+def test_a_recipe_saved_after_a_rotation_can_be_run_again(tiny_models, tmp_path):
+    source = tiny_models("llama", **SHAPE)
+    file = tmp_path / "given.yaml"
+    spin = "    SpinQuantModifier: {rotations: [R1, R2], transform_type: hadamard}\n"
+    file.write_text(VALID.replace("    GPTQModifier", spin + "    GPTQModifier"))
+    first = quantize(source, tmp_path / "first", file)
+    again = quantize(source, tmp_path / "again", first / "recipe.yaml")
+    one, other = tensors(first), tensors(again)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     ("widths", "expected"),
     [
@@ -193,6 +216,14 @@ BROKEN = {
         r"MaCaModifier has no fields: give it a scheme",
     ),
     "unknown scheme": (VALID.replace("W4A16", "W5A17"), r"scheme 'W5A17': .*preset scheme name"),
+    "a broken expression": (
+        VALID.replace("lm_head", "'re:*head'"),
+        r"'re:\*head' is no regular expression: nothing to repeat",
+    ),
+    "unknown observer": (
+        VALID + "      weight_observer: mean\n",
+        r"no observer 'mean': use one of .*memoryless_mse, .*minmax",
+    ),
     "orders that disagree": (
         VALID.replace(
             "scheme: W4A16",

@@ -6,14 +6,7 @@ from tiny import tiny_config
 
 from maca_llmc import MaCaModifier, models
 from maca_llmc.errors import UserError
-from maca_llmc.schemes import (
-    check_overlap,
-    check_schemes,
-    default_ignore,
-    describe_scheme,
-    dividing_group_sizes,
-    linear_widths,
-)
+from maca_llmc.schemes import check_schemes, describe_scheme, dividing_group_sizes
 
 
 def shapes(family, **changes):
@@ -58,26 +51,28 @@ def test_a_group_is_checked_against_its_own_targets_only():
     check_schemes(modifier(64, targets=["re:.*self_attn.*"]), shapes("llama"))
 
 
-def test_targets_that_match_nothing_are_refused():
-    with pytest.raises(UserError, match=r"\['re:.*nothing'\] match no Linear .*\[Linear\]"):
-        check_schemes(modifier(32, targets=["re:.*nothing"]), shapes("llama"))
+def test_a_group_is_checked_against_what_others_leave_it():
+    by_group = {"num_bits": 4, "strategy": "group", "group_size": 64}
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": by_group},
+        "group_1": {"targets": ["re:.*down_proj"], "weights": {"strategy": "channel"}},
+    }
+    check_schemes(MaCaModifier(config_groups=groups, ignore=["lm_head"]), shapes("llama"))
 
 
 def test_the_head_may_be_quantized_where_it_is_not_the_embedding():
     quantizing = modifier(32)
     quantizing.ignore = []
     check_schemes(quantizing, shapes("llama"))
-    assert "lm_head" in linear_widths(shapes("llama"), ["Linear"], [])
     with pytest.raises(UserError, match=r"lm_head, which is the input emb.*: add lm_head"):
         check_schemes(quantizing, shapes("llama", tie_word_embeddings=True))
 
 
-def test_an_ignored_name_that_is_no_module_is_refused():
-    quantizing = modifier(32)
-    quantizing.ignore = ["lm_head", "re:.*router.*"]  # an expression may match nothing
+def test_gptaq_refuses_the_head():
+    quantizing = modifier(32, gptaq_alpha=0.25)
     check_schemes(quantizing, shapes("llama"))
-    quantizing.ignore = ["lm_haed"]
-    with pytest.raises(UserError, match="ignores 'lm_haed', which is no module of the model"):
+    quantizing.ignore = []
+    with pytest.raises(UserError, match=r"within decoder layers, and .* lm_head: add it"):
         check_schemes(quantizing, shapes("llama"))
 
 
@@ -106,31 +101,6 @@ def test_dividing_group_sizes(widths, expected):
     assert dividing_group_sizes(iter(widths)) == expected
 
 
-def test_widths_are_of_what_is_left_to_quantize():
-    widths = linear_widths(shapes("qwen3_moe", num_hidden_layers=1), ["Linear"], ["lm_head"])
-    experts = {name: width for name, width in widths.items() if "experts" in name}
-    assert len(widths) == 4 + 12 and len(experts) == 12
-    assert {width for name, width in experts.items() if name.endswith("down_proj")} == {32}
-
-
-@pytest.mark.parametrize(
-    ("family", "expected"),
-    [
-        ("llama", ["lm_head"]),
-        ("qwen3_moe", ["lm_head", r"re:.*mlp\.gate$"]),
-    ],
-)
-def test_what_is_left_alone_by_default(family, expected):
-    assert default_ignore(shapes(family)) == expected
-
-
-def test_vision_towers_and_projectors_are_left_alone_by_default(tiny_models):
-    model = models.meta_model(models.load_config(str(tiny_models("gemma3"))))
-    ignore = default_ignore(model)
-    assert len(linear_widths(model, ["Linear"], ignore)) == 14
-    assert len(linear_widths(model, ["Linear"], ["lm_head"])) > 14
-
-
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -155,11 +125,3 @@ def test_vision_towers_and_projectors_are_left_alone_by_default(tiny_models):
 def test_schemes_in_words(fields, expected):
     arguments = {name: QuantizationArgs(**value) for name, value in fields.items()}
     assert describe_scheme(QuantizationScheme(targets=["Linear"], **arguments)) == expected
-
-
-def test_a_linear_of_two_modifiers_is_refused():
-    model = shapes("llama")
-    attention, mlp = modifier(32, ["re:.*attn.*"]), modifier(32, ["re:.*mlp.*"])
-    check_overlap([attention, mlp], model)
-    with pytest.raises(UserError, match=r"mlp.gate_proj is quantized by MaCaModifier and by"):
-        check_overlap([mlp, modifier(32)], model)
