@@ -44,7 +44,13 @@ METHODS = {
         for exponent in (0.0, 0.5, 1.0)
     },
     "mixed-counts-p1": (OBSERVED, {"scales": MIXED, "balance": "counts"}),
-    "documents-p1": (OBSERVED, {"scales": (2048,), "whole_documents": True}),
+    **{
+        f"documents-p{exponent:g}": (
+            {"length_exponent": exponent, **OBSERVED},
+            {"scales": (2048,), "whole_documents": True},
+        )
+        for exponent in (0.0, 1.0)
+    },
     "nested-p1": ({"nested_scales": [128, 256, 512, 1024], **OBSERVED}, {"scales": (2048,)}),
     **{
         f"gptq-2048-first{weight:g}": ({**GPTQ, SINK: weight}, {"scales": (2048,)})
@@ -112,6 +118,7 @@ EFFECTS = (
     ("each sequence one sample, first token x 4", "hs-mixed-p0-first4", "hs-mixed-p1-first4"),
     ("equally many windows of each length, not tokens", "mixed-p1", "mixed-counts-p1"),
     ("whole documents instead of windows", "mixed-p1", "documents-p1"),
+    ("each sequence one sample, whole documents", "documents-p0", "documents-p1"),
     ("short sequences, tokens alike", "gptq-2048", "gptq-512"),
     ("shorter ones", "gptq-2048", "gptq-128"),
     ("nested prefixes", "gptq-2048", "nested-p1"),
@@ -119,6 +126,12 @@ EFFECTS = (
     ("scales by Hessian", "gptq-2048", "hs-gptq-2048"),
     ("scales by Hessian", "gptq-128", "hs-gptq-128"),
     ("scales by Hessian", "mixed-p1", "hs-mixed-p1"),
+    ("scales by Hessian", "gptq-2048", "hs2-gptq-2048"),
+    ("scales by Hessian", "gptq-512", "hs2-gptq-512"),
+    ("scales by Hessian", "gptq-128", "hs2-gptq-128"),
+    ("the default's lengths and weights", "hs2-gptq-2048", "hs2-mixed-p1-first4"),
+    ("the default's lengths and weights", "hs2-gptq-512", "hs2-mixed-p1-first4"),
+    ("the default's lengths and weights", "hs2-gptq-128", "hs2-mixed-p1-first4"),
     ("first token x 4, several lengths", "hs-mixed-p1", "hs-mixed-p1-first4"),
     ("first token x 16, not x 4", "hs-mixed-p1-first4", "hs-mixed-p1-first16"),
     ("first token x 64, not x 4", "hs-mixed-p1-first4", "hs-mixed-p1-first64"),

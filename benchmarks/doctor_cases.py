@@ -3,15 +3,20 @@
     .venv/bin/python benchmarks/doctor_cases.py FOLDER [CASE ...]  # in the quantize environment
 
 Written by llm-compressor's own QuantizationModifier (round to nearest), so that formats are those
-that users have. ``doctor_agreement.py`` runs this.
+that users have; those of GPTQ, AWQ and AutoRound are made here, with random codes.
+``doctor_agreement.py`` runs this.
 """
 
+import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -78,8 +83,83 @@ CASES = {
 }
 
 
-def make(folder: Path, fields: dict, shape: dict) -> None:
-    """One checkpoint, with the embedded model's tokenizer."""
+GPTQ = {
+    "quant_method": "gptq",
+    "bits": 4,
+    "group_size": 64,
+    "desc_act": False,
+    "sym": True,
+    "checkpoint_format": "gptq",
+}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+ROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": 64,
+    "sym": True,
+    "data_type": "int",
+    "packing_format": "auto_round:auto_gptq",
+}
+SIXTEEN = {"bits": 16, "data_type": "float"}
+OTHERS = {
+    # name: the quantization_config, and which Linears stay as they are
+    "gptq-w4-g64": (GPTQ, None),
+    "gptq-w4-g64-asymmetric": (GPTQ | {"sym": False}, None),
+    "gptq-w4-g64-ordered": (GPTQ | {"desc_act": True}, None),
+    "gptq-w3-g64": (GPTQ | {"bits": 3}, None),
+    "gptq-w8-g64": (GPTQ | {"bits": 8}, None),
+    "gptq-w4-g64-but-o": (GPTQ | {"dynamic": {r"-:.*o_proj.*": {}}}, "o_proj"),
+    "gptq-w4-g64-but-k": (GPTQ | {"dynamic": {r"-:.*k_proj.*": {}}}, "k_proj"),
+    "awq-g64": (AWQ, None),
+    "awq-g64-but-down": (AWQ | {"modules_to_not_convert": ["down_proj"]}, "down_proj"),
+    "autoround-gptq": (ROUND, None),
+    "autoround-awq": (ROUND | {"packing_format": "auto_round:auto_awq", "sym": False}, None),
+    "autoround-gptq-but-o": (
+        ROUND | {"extra_config": {f"model.layers.{n}.self_attn.o_proj": SIXTEEN for n in range(2)}},
+        "o_proj",
+    ),
+}
+
+
+def make_other(folder: Path, quantization: dict, plain: str | None) -> None:
+    """One checkpoint in the format of another tool, with random codes."""
+    model, tokenizer = unquantized(EVEN)
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        if plain is None or plain not in name:
+            out, width = tensors.pop(name).shape
+            parts = packed(quantization, out, width)
+            tensors |= {name.replace("weight", part): value for part, value in parts.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def packed(quantization: dict, out: int, width: int) -> dict[str, torch.Tensor]:
+    """Tensors of a Linear: AutoAWQ packs codes along outputs, AutoGPTQ along inputs."""
+    bits, groups = quantization["bits"], width // quantization["group_size"]
+    awq = re.search("awq", quantization["quant_method"] + quantization.get("packing_format", ""))
+    codes = (width, out * bits // 32) if awq else (width * bits // 32, out)
+    parts = {
+        "qweight": words(*codes),
+        "qzeros": words(groups, out * bits // 32),
+        "scales": torch.full((groups, out), 0.01, dtype=torch.float16),
+    }
+    if not awq:
+        parts["g_idx"] = torch.arange(width, dtype=torch.int32) // quantization["group_size"]
+    return parts
+
+
+def words(rows: int, columns: int) -> torch.Tensor:
+    """Random int32 ``[rows, columns]``."""
+    return torch.randint(-(2**31), 2**31, (rows, columns)).int()
+
+
+def unquantized(shape: dict) -> tuple[Any, Any]:
+    """A model of random weights, and the embedded model's tokenizer."""
     torch.manual_seed(0)
     tokenizer = models.load_tokenizer(models.resolve_model("smollm2-135m-instruct"))
     common = {
@@ -91,8 +171,14 @@ def make(folder: Path, fields: dict, shape: dict) -> None:
         "max_position_embeddings": 512,
     }
     config = AutoConfig.for_model(**common | shape)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), tokenizer
+
+
+def make(folder: Path, fields: dict, shape: dict) -> None:
+    """One checkpoint of llm-compressor."""
+    model, tokenizer = unquantized(shape)
     base = folder.parent / ".base"  # llm-compressor copies what stands beside a model's weights
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
+    model.save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     ids = torch.randint(0, len(tokenizer), (4, 64))
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
@@ -107,11 +193,14 @@ def make(folder: Path, fields: dict, shape: dict) -> None:
 
 def main() -> None:
     """Make what is missing of all, or of those named."""
-    folder, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
+    folder, names = Path(sys.argv[1]), sys.argv[2:] or [*CASES, *OTHERS]
     for name in tqdm(names, desc="checkpoints"):
-        fields, shape = CASES[name]
-        if not (folder / name / "model.safetensors").is_file():
-            make(folder / name, fields, shape)
+        if (folder / name / "config.json").is_file():
+            continue
+        if name in OTHERS:
+            make_other(folder / name, *OTHERS[name])
+        else:
+            make(folder / name, *CASES[name])
 
 
 if __name__ == "__main__":

@@ -50,10 +50,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that host or device memory is exhausted."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        said in str(error)
-        for said in ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-    )
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in EXHAUSTED)
 
 
 def _where(error: BaseException) -> str:

@@ -35,7 +35,7 @@ from maca_llmc.llmcompressor_api import (
     onload_device,
     patch_attr,
 )
-from maca_llmc.transforms import smoothers, transforms
+from maca_llmc.transforms import keeping_function, smoothers, transforms
 
 NAME = "maca"
 
@@ -178,6 +178,12 @@ class Batches:
             output = output[0] if isinstance(output, tuple) else output
             yield key, output.to(self.store)
 
+    def update(self, layer: torch.nn.Module, index: int) -> torch.Tensor:
+        """What a layer adds to the hidden states of the first batch, float32 ``[b, T, d]``."""
+        with HooksMixin.disable_hooks():
+            key, output = next(self.outputs(layer, index))
+        return output.float() - self.hidden.get(key).float()
+
 
 def finish_layer(
     layer: torch.nn.Module,
@@ -192,7 +198,8 @@ def finish_layer(
     modifiers = active_session().lifecycle.recipe.modifiers
     smoothing = smoothers(modifiers)
     for modifier in [] if finished else smoothing:
-        calibrate([modifier], layer, index, batches, everything)
+        with keeping_function(modifier, f"layer {index}", lambda: batches.update(layer, index)):
+            calibrate([modifier], layer, index, batches, everything)
     stages = [everything]
     if full is not None:
         with HooksMixin.disable_hooks():

@@ -27,7 +27,7 @@ from maca_llmc.probe import (
     search_flops,
     sweep_flops,
 )
-from maca_llmc.progress import quiet
+from maca_llmc.progress import log_warnings_once, quiet
 from maca_llmc.scales import are_searched
 from maca_llmc.schemes import describe_scheme
 from maca_llmc.signatures import same_parameters_as
@@ -59,6 +59,7 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
         ``kernels``
     :raises UserError: for what ``quantize`` refuses before it loads the model
     """
+    log_warnings_once()
     with quiet():
         run = prepare(output, **options)
         check_disk(Path(output).expanduser().absolute(), run.shapes)

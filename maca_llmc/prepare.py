@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 
 from maca_llmc import defaults, models, record
 from maca_llmc.containers import CONTAINER_BITS, check_container
@@ -21,7 +22,7 @@ from maca_llmc.llmcompressor_api import Recipe
 from maca_llmc.recipes import default_recipe, quantizing_modifiers, read_recipe
 from maca_llmc.schemes import check_schemes
 from maca_llmc.state import state_folder
-from maca_llmc.targets import check_overlap, linear_widths
+from maca_llmc.targets import check_overlap, linear_widths, unlike_siblings
 
 
 @dataclass
@@ -121,6 +122,8 @@ def prepare(
     for modifier in modifiers:
         check_schemes(modifier, shapes)
     check_overlap(modifiers, shapes)
+    if unlike := unlike_siblings(modifiers, shapes):
+        logger.warning(f"{unlike} have different schemes: vLLM fuses them and wants one for all")
     if container:
         check_container(s for m in modifiers for s in m.resolved_config.config_groups.values())
     context = models.context_length(config)

@@ -35,10 +35,12 @@ def dividing_group_sizes(widths: Iterable[int]) -> list[int]:
 def check_schemes(modifier: Any, model: Any) -> None:
     """Check a quantization modifier against a model's shapes (meta device will do).
 
-    :raises UserError: for targets that :func:`~maca_llmc.targets.check_targets` refuses, a head
-        that is the embedding, integers of more bits than vLLM reads, or a group size that does not
-        divide a width; says which group sizes would
+    :raises UserError: for no scheme at all, for targets that
+        :func:`~maca_llmc.targets.check_targets` refuses, a head that is the embedding, integers of
+        more bits than vLLM reads, or a group size that does not divide a width; says which group
+        sizes would
     """
+    _check_given(modifier)
     targeted = check_targets(modifier, model)
     _check_head(modifier, model, targeted)
     _check_bits(modifier)
@@ -60,6 +62,17 @@ def check_schemes(modifier: Any, model: Any) -> None:
                 f"group size {size} does not divide the input width of {len(wrong)} of "
                 f"{len(widths)} Linears, first {name} ({width}): {cure}, and strategy: channel "
                 "needs none"
+            )
+
+
+def _check_given(modifier: Any) -> None:
+    for scheme in modifier.resolved_config.config_groups.values():
+        if not (scheme.weights or scheme.input_activations or scheme.output_activations):
+            cache = modifier.kv_cache_scheme is not None
+            raise UserError(
+                f"the recipe's {type(modifier).__name__} quantizes nothing"
+                f"{' but the KV cache' if cache else ''}: give it a scheme for weights"
+                f"{', or its kv_cache_scheme to the modifier that has one' if cache else ''}"
             )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.utils import KV_CACHE_TARGETS
 from compressed_tensors.utils import match_named_modules, match_targets
 
 from maca_llmc.errors import UserError
@@ -18,6 +19,9 @@ LEFT_ALONE = (
     r"re:.*router.*",
 )
 """What stays unquantized by default: output head, other modalities, and routers of experts."""
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears of one input that vLLM makes one of, in the models that have them by these names."""
 
 
 def default_ignore(model: torch.nn.Module) -> list[str]:
@@ -66,9 +70,11 @@ def check_targets(modifier: Any, model: Any) -> dict[str, int]:
     :return: input widths of the Linears it quantizes
     :raises UserError: when nothing is targeted, or modules that text does not go through (a vision
         tower); when a target or an ignored entry names no module, an ignored one only what is
-        around quantized ones, a group is left with nothing, or a Linear could be of two groups
+        around quantized ones, a group is left with nothing, or a Linear could be of two groups;
+        and for a quantized cache of attention that is ignored
     """
     _check_ignore(model, modifier)
+    _check_cache(model, modifier)
     targeted = linear_widths(model, modifier.resolved_targets, modifier.ignore)
     if not targeted:
         raise UserError(
@@ -138,6 +144,35 @@ def _check_groups(model: Any, modifier: Any) -> None:
                 f"the recipe's {group} has nothing to quantize: what its targets {scheme.targets} "
                 "match is ignored or of another group, or there is none: mend them or leave it out"
             )
+
+
+def _check_cache(model: Any, modifier: Any) -> None:
+    if modifier.kv_cache_scheme is None:
+        return
+    attention = {name for name, _ in match_named_modules(model, KV_CACHE_TARGETS)}
+    kept = {name for name, _ in match_named_modules(model, KV_CACHE_TARGETS, modifier.ignore)}
+    ignored = sorted((attention - kept) & _reached_by_text(model))
+    if ignored:
+        inside = rf"re:.*{ignored[0].rpartition('.')[2]}\..*"
+        raise UserError(
+            f"the recipe quantizes the KV cache and ignores {ignored[0]}, whose scales nothing "
+            f"would set: to leave its Linears alone, ignore '{inside}'"
+        )
+
+
+def unlike_siblings(modifiers: list[Any], model: torch.nn.Module) -> str | None:
+    """The first Linears that vLLM would make one of and that differ in scheme, in words."""
+    schemes: dict[str, QuantizationScheme] = {}
+    for modifier in modifiers:
+        schemes |= linear_schemes(modifier, model)
+    for parent, module in model.named_modules():
+        for kinds in FUSED:
+            names = [f"{parent}.{kind}" for kind in kinds if hasattr(module, kind)]
+            given = [schemes.get(name) for name in names]
+            plain = [None if s is None else s.model_dump(exclude={"targets"}) for s in given]
+            if any(one != plain[0] for one in plain[1:]):
+                return f"{', '.join(kind for kind in kinds if hasattr(module, kind))} of {parent}"
+    return None
 
 
 def _is_expression(target: str) -> bool:

@@ -6,11 +6,22 @@ one pass, so that the Hessians behind a smoother are of inputs that it then divi
 has a pass of its own through the layer, and what comes after it sees what it left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
+import torch
+
+from maca_llmc.errors import CalibrationError
 from maca_llmc.llmcompressor_api import QuantizationMixin
+
+CHANGE_LIMIT = 0.25
+"""Most that smoothing may change a layer's output, relative to what the layer adds to its input.
+
+Rounding of bfloat16 weights accounts for a few percent; a norm that does not feed the Linears that
+were to make up for it, for about all of it.
+"""
 
 
 def transforms(modifiers: Sequence[Any]) -> list[Any]:
@@ -21,3 +32,26 @@ def transforms(modifiers: Sequence[Any]) -> list[Any]:
 def smoothers(modifiers: Sequence[Any]) -> list[Any]:
     """Those among :func:`transforms` that want to see data."""
     return [modifier for modifier in transforms(modifiers) if modifier.requires_calibration_data]
+
+
+@contextmanager
+def keeping_function(
+    modifier: Any, where: str, update: Callable[[], torch.Tensor]
+) -> Iterator[None]:
+    """Refuse a smoother that changes what a layer computes.
+
+    It should only move factors from activations into weights. Mappings that were made for another
+    architecture divide one norm and multiply Linears that another one feeds.
+
+    :param where: the layer, for the message
+    :param update: computes what the layer adds to some hidden states
+    :raises CalibrationError: names the modifier, and by how much the layer has changed
+    """
+    before = update()
+    yield
+    change = float(torch.linalg.norm(update() - before) / torch.linalg.norm(before))
+    if not change <= CHANGE_LIMIT:
+        raise CalibrationError(
+            f"{type(modifier).__name__} changes what {where} computes (by {change:.0%}): its "
+            "mappings are not for this architecture, give it mappings of your own or leave it out"
+        )

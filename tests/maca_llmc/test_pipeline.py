@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from watching import SCHEME, hessians_of
 
 from maca_llmc import MaCaModifier
+from maca_llmc.errors import CalibrationError
 from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import computing_on, decoder_layers
 from maca_llmc.pipeline import NAME, UnsupportedModelError, record_batches
@@ -85,6 +86,21 @@ def test_hessians_are_of_smoothed_inputs(tiny_model, smoother, alpha):
         (name,) = [name for name in plain if f".layers.0.self_attn.{part}_proj" in name]
         expected = plain[name] / factors / factors[:, None]
         torch.testing.assert_close(smoothed[name], expected, rtol=1e-4, atol=1e-6)
+
+
+ATTENTION = [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"]
+MLP = [["re:.*gate_proj", "re:.*up_proj"], "re:.*pre_feedforward_layernorm"]
+
+
+def test_smoothing_that_changes_the_model_is_refused(tiny_model):
+    """Gemma's MLP has a norm of its own; llm-compressor's default mappings divide another one."""
+    data = loader(random_sequences(LENGTHS))
+    with pytest.raises(
+        CalibrationError, match=r"SmoothQuantModifier changes what layer 0 computes"
+    ):
+        calibrate(tiny_model("gemma3_text"), data, NAME, after=[SMOOTHERS["smoothquant"]()])
+    mapped = SmoothQuantModifier(smoothing_strength=0.8, mappings=[ATTENTION, MLP])
+    assert calibrate(tiny_model("gemma3_text"), data, NAME, after=[mapped])
 
 
 def test_without_padding_nothing_of_the_square_of_the_length_is_kept(tiny_model):

@@ -68,6 +68,21 @@ def test_the_head_may_be_quantized_where_it_is_not_the_embedding():
         check_schemes(quantizing, shapes("llama", tie_word_embeddings=True))
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({}, "MaCaModifier quantizes nothing: give it a scheme for weights$"),
+        (
+            {"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"}},
+            "nothing but the KV cache: give it a scheme for weights, or its kv_cache_scheme to the",
+        ),
+    ],
+)
+def test_a_modifier_without_a_scheme_is_refused(fields, says):
+    with pytest.raises(UserError, match=says):
+        check_schemes(MaCaModifier(ignore=["lm_head"], **fields), shapes("llama"))
+
+
 def test_gptaq_refuses_the_head():
     quantizing = modifier(32, gptaq_alpha=0.25)
     check_schemes(quantizing, shapes("llama"))

@@ -11,10 +11,12 @@ from maca_llmc.targets import (
     default_ignore,
     linear_schemes,
     linear_widths,
+    unlike_siblings,
 )
 
 CHANNEL = {"num_bits": 4, "strategy": "channel"}
 EIGHT = {"num_bits": 8, "strategy": "channel"}
+CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 
 
 def shapes(family, **changes):
@@ -144,3 +146,36 @@ def test_a_linear_of_two_modifiers_is_refused():
     check_overlap([attention, mlp], model)
     with pytest.raises(UserError, match=r"mlp.gate_proj is quantized by MaCaModifier and by"):
         check_overlap([mlp, modifier()], model)
+
+
+def test_a_quantized_cache_needs_its_attention():
+    model = shapes("llama")
+    fields = {"scheme": "W8A16", "kv_cache_scheme": CACHE}
+    keeping = ["lm_head", r"re:.*self_attn\..*"]
+    check_targets(MaCaModifier(**fields, ignore=keeping), model)
+    with pytest.raises(UserError, match=r"ignores model.layers.0.self_attn, whose .* would") as no:
+        check_targets(MaCaModifier(**fields, ignore=["re:.*self_attn.*"]), model)
+    assert str(no.value).endswith(f"ignore '{keeping[1]}'")
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "unlike"),
+    [
+        ([["Linear"]], [], None),
+        ([["re:.*self_attn"], ["re:.*mlp"]], [], None),
+        (
+            [["re:.*[qkv]_proj"], ["re:.*1.*(o|up|down)_proj", "re:.*gate_proj"]],
+            ["re:.*0.*gate_proj"],
+            None,
+        ),
+        (
+            [["Linear"], ["re:.*1.*k_proj"]],
+            [],
+            "q_proj, k_proj, v_proj of model.layers.1.self_attn",
+        ),
+        ([["Linear"]], ["re:.*up_proj"], "gate_proj, up_proj of model.layers.0.mlp"),
+    ],
+)
+def test_linears_that_vllm_fuses_and_that_differ_are_named(targets, ignore, unlike):
+    quantizing = modifier(*targets, ignore=["lm_head", *ignore])
+    assert unlike_siblings([quantizing], shapes("llama")) == unlike

@@ -25,6 +25,13 @@ def test_verify_reads_every_weight_bit_for_bit(tmp_path, bits, options):
     assert logits.shape == (1, 3, 202) and torch.isfinite(logits).all()
 
 
+def rotating(*locations):
+    """A configuration's part that says where weights and activations are rotated."""
+    apply = [{"targets": ["Linear"], "location": location} for location in locations]
+    groups = {"u": {"type": "hadamard", "apply": apply}}
+    return {"transform_config": {"config_groups": groups}}
+
+
 ACTIVATIONS = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
 
 
@@ -38,8 +45,8 @@ ACTIVATIONS = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token
         ),
         (quantization(weights_config(8), format="int-quantized"), "this is int-quantized"),
         (
-            quantization(weights_config(3)) | {"transform_config": {"config_groups": {"u": {}}}},
-            "transforms activations",
+            quantization(weights_config(3)) | rotating("weight_input", "input"),
+            "rotates activations while it runs",
         ),
     ],
 )
@@ -48,6 +55,16 @@ def test_verify_says_why_it_has_no_reference(tmp_path, config, says):
     _change(tmp_path / "w", quantization_config=config)
     with pytest.raises(NoReference, match=says):
         load_reference(open_checkpoint(tmp_path / "w"))
+
+
+def test_rotations_merged_into_weights_are_in_the_values_already(tmp_path):
+    values = write_packed(tmp_path / "w", 3)
+    expected = load_reference(open_checkpoint(tmp_path / "w")).state_dict()
+    config = quantization(weights_config(3)) | rotating("weight_input", "weight_output")
+    _change(tmp_path / "w", quantization_config=config)
+    found = load_reference(open_checkpoint(tmp_path / "w")).state_dict()
+    assert values and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_verify_wants_memory_and_a_model_that_transformers_knows(tmp_path, monkeypatch):
