@@ -81,18 +81,19 @@ def compare(folder: Path) -> dict:
         "doctor": {"verdict": doctor["verdict"], "kernels": kernels, "why": doctor["why"]},
         "engine": engine,
         "agree": agree,
+        "machine": describe_machine()["cpu"],
     }
 
 
 def before() -> dict[str, dict]:
-    """Cases of an earlier run."""
+    """Cases of an earlier run, maybe on another machine."""
     found = json.loads(RESULT.read_text())["cases"] if RESULT.exists() else []
     return {case["case"]: case for case in found}
 
 
 def table(found: list[dict]) -> str:
     """A row for each case."""
-    rows = [["checkpoint", "doctor", "its kernels", "engine", "its log's kernels", "agree"]]
+    rows = [["checkpoint", "doctor", "its kernels", "engine", "its log's kernels", "agree", "on"]]
     for case in found:
         doctor, engine = case["doctor"], case["engine"]
         rows.append(
@@ -103,6 +104,7 @@ def table(found: list[dict]) -> str:
                 "runs" if engine["runs"] else "refuses",
                 engine["kernel"] or "—",
                 "yes" if case["agree"] else "NO",
+                case["machine"].split()[0].removesuffix("(R)"),
             ]
         )
     return markdown(rows)
@@ -115,7 +117,7 @@ def main() -> None:
         for folder in tqdm(make_checkpoints(Path(name), sys.argv[1:]), desc="engines"):
             cases[folder.name] = compare(folder)
             found = [cases[name] for name in sorted(cases)]
-            content = {"machine": describe_machine(), "versions": versions(), "cases": found}
+            content = {"versions": versions(), "cases": found}
             RESULT.write_text(json.dumps(content, indent=1) + "\n")
     print(table(found))
     print(f"{sum(case['agree'] for case in found)} of {len(found)} agree")

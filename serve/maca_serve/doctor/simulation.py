@@ -19,6 +19,8 @@ PACKAGES = {
     "flashinfer": "flashinfer-python",
     "deep_gemm": "deep-gemm",
     "fbgemm_gpu": "fbgemm-gpu-genai",
+    # Built for one release of torch: what vLLM's extra `zen` asks for.
+    "zentorch": "zentorch==2.13.0.1",
 }
 
 
@@ -136,10 +138,31 @@ def packages(availability: Availability) -> Iterator[None]:
 
     names: dict[str, Callable[..., Any]] = {"find_spec": find, "has_flashinfer": has_flashinfer}
     with ExitStack() as stack:
+        if _may_become_zen():
+
+            def is_zen(*_: Any) -> bool:
+                return availability.answer("zentorch", False)
+
+            stack.enter_context(patch.object(_platform(), "is_zen_cpu", is_zen))
+            names["has_zentorch_op"] = is_zen
         stack.enter_context(patch.object(import_utils, "_has_module", has))
         for one in _patches(("vllm.model_executor.kernels.linear",), names):
             stack.enter_context(one)
         yield
+
+
+def _may_become_zen() -> bool:
+    """Whether this is a CPU that vLLM would have kernels of AMD's for, were zentorch installed."""
+    from vllm.platforms import _is_amd_zen_cpu
+
+    platform = _platform()
+    return bool(platform.is_cpu() and not platform.is_zen_cpu() and _is_amd_zen_cpu())
+
+
+def _platform() -> Any:
+    from vllm.platforms import current_platform
+
+    return current_platform
 
 
 @contextmanager
