@@ -41,7 +41,7 @@ FullInput = Callable[[torch.nn.Module], torch.Tensor | None]
 class MaCaModifier(GPTQModifier):
     """GPTQ calibrated by length: each sequence weighs ``L^-p`` per token, and maybe its prefixes.
 
-    Everything ``GPTQModifier`` takes works as it does there. Three fields are added:
+    Everything ``GPTQModifier`` takes works as it does there. Five fields are added:
 
     :param length_exponent: p of the token weight ``L^-p``, from 0 to 1. 1 (the default) is MaCa as
         we read it: each sequence is one sample, whatever its length. 0 is GPTQ: each token is one.

@@ -3,6 +3,7 @@
 import pytest
 from maca_serve.doctor.checks import Contents, Problem
 from maca_serve.doctor.findings import describe
+from maca_serve.doctor.layer_problems import layer_problems
 
 WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": True}
 GROUP = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None}
@@ -275,3 +276,25 @@ def test_wrong_tensors_outweigh_kernels_and_stand_first():
     diagnosis = diagnose(entry(), problems=problems)
     assert diagnosis["verdict"] == "does not load"
     assert whats(diagnosis) == ["wrong shape", "n"]
+
+
+AVX = ["avx2", "avx512f"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "flags", "by"),
+    [
+        ("CPUWNA16LinearKernel", [*AVX, "amx_int8"], "AMX"),
+        ("CPUWNA16LinearKernel", AVX, None),
+        ("ZentorchWNA16LinearKernel", AVX, "zentorch"),
+        ("CPUInt8ScaledMMLinearKernel", [*AVX, "amx_int8"], None),
+    ],
+)
+def test_what_plain_vllm_would_make_of_4_bit_weights_on_this_cpu(kernel, flags, by):
+    one = entry(kernel=kernel, with_packages=None, falls_back_from=None)
+    here = {"gpus": [], "cpu_flags": flags}
+    found = layer_problems(one, CONFIG, answer(one, simulated=False), here)
+    said = [problem.what for problem in found if "round activations" in problem.what]
+    assert said == (
+        [f"with {by} plain `vllm serve` would round activations to 8 bits"] if by else []
+    )

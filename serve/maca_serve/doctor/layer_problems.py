@@ -102,8 +102,12 @@ def _of_compiled_code(entry: Entry, answer: Entry, here: Entry | None) -> Iterat
         yield torn
     if rounding := rounds_inputs(kernel, entry["layer"]):
         yield rounding
-    if kernel == "CPUWNA16LinearKernel" and on_amx:
-        what = "this CPU has AMX: plain `vllm serve` would round activations to 8 bits"
+    by = {
+        "CPUWNA16LinearKernel": "AMX" if on_amx else None,
+        "ZentorchWNA16LinearKernel": "zentorch",
+    }
+    if by.get(kernel):
+        what = f"with {by[kernel]} plain `vllm serve` would round activations to 8 bits"
         cure = "serve with `maca-serve up`, or set VLLM_CPU_INT4_W4A8=0"
         yield Problem("note", what, cure, name)
 

@@ -30,6 +30,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_CPU_INT4_W4A8"] = "0"  # as `maca-serve` serves; some kernels ask for it
     import torch
 
     from maca_serve.doctor.selection import answer
