@@ -307,9 +307,11 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", choices=[*cases(), []])
     wanted = parser.parse_args().cases or list(cases())
     results = json.loads(RESULT.read_text()) if RESULT.exists() else {"cases": {}}
-    results |= {"machine": record.machine() | {"threads": THREADS}, "versions": record.versions()}
+    results.setdefault("machines", {})
     results.setdefault("best_square_gflops", {})
     for name in wanted:
+        made = {"threads": THREADS, "versions": record.versions()}
+        results["machines"][name] = record.machine() | made
         results["best_square_gflops"][name] = best_square_product()
         results["cases"][name] = run_case(name, cases()[name])
         RESULT.write_text(json.dumps(results, indent=1) + "\n")

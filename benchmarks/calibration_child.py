@@ -203,7 +203,8 @@ def run_ours(model, data, case, folder):
     timed(Keeper, "keep", "save")
     warm_up_compiled_sweep()
     recipe = MaCaModifier(
-        **case["scheme"], first_token_weight=1.0, hessian_scales=False, **case.get("fields", {})
+        **case["scheme"],
+        **{"first_token_weight": 1.0, "hessian_scales": False, **case.get("fields", {})},
     )
     hidden = hidden_states.HiddenStates(case.get("cache_bytes"), folder / "spill")
 
