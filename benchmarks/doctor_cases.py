@@ -8,7 +8,6 @@ that users have; those of GPTQ, AWQ and AutoRound are made here, with random cod
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -141,7 +140,7 @@ def make_other(folder: Path, quantization: dict, plain: str | None) -> None:
 def packed(quantization: dict, out: int, width: int) -> dict[str, torch.Tensor]:
     """Tensors of a Linear: AutoAWQ packs codes along outputs, AutoGPTQ along inputs."""
     bits, groups = quantization["bits"], width // quantization["group_size"]
-    awq = re.search("awq", quantization["quant_method"] + quantization.get("packing_format", ""))
+    awq = "awq" in quantization["quant_method"] + quantization.get("packing_format", "")
     codes = (width, out * bits // 32) if awq else (width * bits // 32, out)
     parts = {
         "qweight": words(*codes),

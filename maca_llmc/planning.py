@@ -93,18 +93,10 @@ def targeted(run: Run) -> dict[str, int]:
     return found
 
 
-def schemes_of(run: Run) -> dict[str, Any]:
-    """The scheme of each module to quantize, by name."""
-    found: dict[str, Any] = {}
-    for modifier in run.modifiers:
-        found |= linear_schemes(modifier, run.shapes)
-    return found
-
-
 def quantized_modules(run: Run) -> list[dict[str, Any]]:
     """How many modules and parameters each scheme has."""
     counts: dict[str, dict[str, Any]] = {}
-    for name, scheme in schemes_of(run).items():
+    for name, scheme in linear_schemes(run.modifiers, run.shapes).items():
         entry = counts.setdefault(describe_scheme(scheme), {"modules": 0, "parameters": 0})
         entry["modules"] += 1
         entry["parameters"] += run.shapes.get_submodule(name).weight.numel()
@@ -113,7 +105,7 @@ def quantized_modules(run: Run) -> list[dict[str, Any]]:
 
 def unquantized_modules(run: Run) -> list[dict[str, Any]]:
     """Linears and embeddings that stay as they are, by reason."""
-    quantized = schemes_of(run)
+    quantized = linear_schemes(run.modifiers, run.shapes)
     counts: dict[str, dict[str, Any]] = {}
     for name, module in run.shapes.named_modules():
         if name in quantized or not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -165,7 +157,7 @@ def searched_weights(run: Run) -> int:
     with_hessian = targeted(run)
     return sum(
         run.shapes.get_submodule(name).weight.numel()
-        for name, scheme in schemes_of(run).items()
+        for name, scheme in linear_schemes(run.modifiers, run.shapes).items()
         if name in with_hessian and are_searched(scheme.weights)
     )
 
@@ -239,7 +231,7 @@ def checkpoint_bytes(run: Run) -> int:
     tied = bool(getattr(run.config.get_text_config(), "tie_word_embeddings", False))
     head = run.shapes.get_output_embeddings()
     total = 0
-    quantized = schemes_of(run)
+    quantized = linear_schemes(run.modifiers, run.shapes)
     for name, module in run.shapes.named_modules():
         if name in quantized:
             total += _packed_bytes(module, quantized[name].weights, run.container)

@@ -144,13 +144,13 @@ def recipe_text(recipe: Recipe) -> str:
     A None that is not its field's default, such as no activation ordering, is kept.
     """
     content = recipe.to_dict()
-    for groups in content.values():
-        for fields_of in groups.values():
-            for modifier in recipe.modifiers:
-                if (fields := fields_of.get(type(modifier).__name__)) is not None:
-                    if getattr(modifier, "mappings", None) is not None:
-                        fields.pop("transform_config", None)
-                    fields |= dict.fromkeys(_meant_none(modifier))
+    groups = [group for stage in content.values() for group in stage.values()]
+    fields_of = {name: fields for group in groups for name, fields in group.items()}
+    for modifier in recipe.modifiers:
+        fields = fields_of[type(modifier).__name__]
+        if getattr(modifier, "mappings", None) is not None:
+            fields.pop("transform_config", None)
+        fields |= dict.fromkeys(_meant_none(modifier))
     plain = json.loads(json.dumps(_without_marks(content), default=_named))
     return yaml.safe_dump(plain, sort_keys=False)
 

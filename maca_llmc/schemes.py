@@ -45,7 +45,7 @@ def check_schemes(modifier: Any, model: Any) -> None:
     _check_head(modifier, model, targeted)
     _check_bits(modifier)
     check_gptaq(modifier)
-    schemes = linear_schemes(modifier, model)
+    schemes = linear_schemes([modifier], model)
     for scheme in modifier.resolved_config.config_groups.values():
         size = _group_size(scheme)
         if size is None:

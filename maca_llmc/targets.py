@@ -31,8 +31,7 @@ def default_ignore(model: torch.nn.Module) -> list[str]:
         entry
         for entry in LEFT_ALONE
         if any(
-            re.match(entry[3:], name) if entry.startswith("re:") else name == entry
-            for name in names
+            re.match(entry[3:], name) if _is_expression(entry) else name == entry for name in names
         )
     ]
 
@@ -48,18 +47,24 @@ def linear_widths(
     }
 
 
-def linear_schemes(modifier: Any, model: torch.nn.Module) -> dict[str, QuantizationScheme]:
-    """The scheme that each Linear of a modifier gets, by name.
+def linear_schemes(
+    modifiers: Iterable[Any], model: torch.nn.Module
+) -> dict[str, QuantizationScheme]:
+    """The scheme that each Linear of some modifiers gets, by name.
 
     Of several targets that match a Linear the one with its name goes first, then regular
     expressions, then classes, whatever their order in the recipe.
     """
-    by_target = _schemes_by_target(modifier)
-    return {
-        name: by_target[match_targets(name, module, by_target)[0]]
-        for name, module in match_named_modules(model, by_target, modifier.ignore)
-        if isinstance(module, torch.nn.Linear)
-    }
+    found: dict[str, QuantizationScheme] = {}
+    for modifier in modifiers:
+        groups = modifier.resolved_config.config_groups.values()
+        by_target = {target: scheme for scheme in groups for target in scheme.targets}
+        found |= {
+            name: by_target[match_targets(name, module, by_target)[0]]
+            for name, module in match_named_modules(model, by_target, modifier.ignore)
+            if isinstance(module, torch.nn.Linear)
+        }
+    return found
 
 
 def check_targets(modifier: Any, model: Any) -> dict[str, int]:
@@ -108,9 +113,17 @@ def check_overlap(modifiers: list[Any], model: Any) -> None:
                 )
 
 
-def _schemes_by_target(modifier: Any) -> dict[str, QuantizationScheme]:
-    groups = modifier.resolved_config.config_groups.values()
-    return {target: scheme for scheme in groups for target in scheme.targets}
+def unlike_siblings(modifiers: list[Any], model: torch.nn.Module) -> str | None:
+    """The first Linears that vLLM would make one of and that differ in scheme, in words."""
+    schemes = linear_schemes(modifiers, model)
+    for parent, module in model.named_modules():
+        for fused in FUSED:
+            kinds = [kind for kind in fused if hasattr(module, kind)]
+            given = [schemes.get(f"{parent}.{kind}") for kind in kinds]
+            plain = [None if s is None else s.model_dump(exclude={"targets"}) for s in given]
+            if any(one != plain[0] for one in plain[1:]):
+                return f"{', '.join(kinds)} of {parent}"
+    return None
 
 
 def _check_groups(model: Any, modifier: Any) -> None:
@@ -122,7 +135,7 @@ def _check_groups(model: Any, modifier: Any) -> None:
                     f"the recipe's {owner[target]} and {group} both target {target!r}: leave it "
                     "to one"
                 )
-            if not target.startswith("re:") and not any(match_named_modules(model, [target])):
+            if not _is_expression(target) and not any(match_named_modules(model, [target])):
                 raise UserError(
                     f"the recipe's {group} targets {target!r}, which is no module or class of the "
                     "model: mend the name or leave it out"
@@ -132,8 +145,9 @@ def _check_groups(model: Any, modifier: Any) -> None:
         first, *others = match_targets(name, module, owner)
         used.add(owner[first])
         for other in others:
-            # a class beside an expression is how "all others" is said
-            if owner[other] != owner[first] and _is_expression(other) == _is_expression(first):
+            # a name beside an expression, either beside a class: that is how exceptions are said
+            alike = (_is_expression(other), other == name) == (_is_expression(first), first == name)
+            if alike and owner[other] != owner[first]:
                 raise UserError(
                     f"{name} is in {owner[first]} by {first!r} and in {owner[other]} by {other!r}: "
                     "narrow one of them"
@@ -158,21 +172,6 @@ def _check_cache(model: Any, modifier: Any) -> None:
             f"the recipe quantizes the KV cache and ignores {ignored[0]}, whose scales nothing "
             f"would set: to leave its Linears alone, ignore '{inside}'"
         )
-
-
-def unlike_siblings(modifiers: list[Any], model: torch.nn.Module) -> str | None:
-    """The first Linears that vLLM would make one of and that differ in scheme, in words."""
-    schemes: dict[str, QuantizationScheme] = {}
-    for modifier in modifiers:
-        schemes |= linear_schemes(modifier, model)
-    for parent, module in model.named_modules():
-        for kinds in FUSED:
-            names = [f"{parent}.{kind}" for kind in kinds if hasattr(module, kind)]
-            given = [schemes.get(name) for name in names]
-            plain = [None if s is None else s.model_dump(exclude={"targets"}) for s in given]
-            if any(one != plain[0] for one in plain[1:]):
-                return f"{', '.join(kind for kind in kinds if hasattr(module, kind))} of {parent}"
-    return None
 
 
 def _is_expression(target: str) -> bool:

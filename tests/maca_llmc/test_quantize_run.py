@@ -15,7 +15,6 @@ from checkpoints import (
     quantized_modules,
     tensors,
 )
-from loguru import logger
 from tiny import WIDE, random_sequences, random_text, save_tiny_model
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
@@ -24,7 +23,6 @@ from maca_llmc import models, quantize_run
 from maca_llmc.errors import UserError
 from maca_llmc.evaluation import load_dequantized
 from maca_llmc.llmcompressor_api import loading_separate_experts
-from maca_llmc.prepare import prepare
 from maca_llmc.record import RECORD_FILE
 
 SHAPE = {"num_hidden_layers": 1}
@@ -465,21 +463,6 @@ def test_a_transform_that_does_not_know_the_model_is_named(tiny_models, tmp_path
         "[lm_head, 're:.*vision_tower.*', 're:.*multi_modal_projector.*']}}}"
     )
     refused(tiny_models("gemma3", **SHAPE), tmp_path / "out", says, recipe=recipe)
-
-
-def test_linears_that_vllm_fuses_and_that_differ_are_warned_of(tiny_models, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "a_stage: {b_modifiers: {MaCaModifier: {ignore: [lm_head, 're:.*v_proj'], scheme: W8A8}}}"
-    )
-    said = []
-    handle = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
-    try:
-        prepare(tmp_path / "out", model=str(tiny_models("llama")), recipe=recipe, **DATA)
-    finally:
-        logger.remove(handle)
-    (message,) = [message for message in said if "vLLM fuses" in message]
-    assert message.startswith("q_proj, k_proj, v_proj of model.layers.0.self_attn have different")
 
 
 def test_a_quantized_model_is_refused_as_a_base(checkpoint, tmp_path):

@@ -7,6 +7,7 @@ from tiny import tiny_config
 from maca_llmc import MaCaModifier, models
 from maca_llmc.errors import UserError
 from maca_llmc.schemes import check_schemes, describe_scheme, dividing_group_sizes
+from maca_llmc.targets import linear_widths
 
 
 def shapes(family, **changes):
@@ -66,6 +67,7 @@ def test_the_head_may_be_quantized_where_it_is_not_the_embedding():
     quantizing = modifier(32)
     quantizing.ignore = []
     check_schemes(quantizing, shapes("llama"))
+    assert "lm_head" in linear_widths(shapes("llama"), ["Linear"], [])
     with pytest.raises(UserError, match=r"lm_head, which is the input emb.*: add lm_head"):
         check_schemes(quantizing, shapes("llama", tie_word_embeddings=True))
 

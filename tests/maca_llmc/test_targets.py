@@ -54,14 +54,14 @@ def test_all_others_may_be_targeted_by_class_before_or_after_expressions():
         expected = {name: name.endswith("down_proj") for name in check_targets(quantizing, model)}
         down = groups.index(["re:.*down_proj"])
         by_group = list(quantizing.resolved_config.config_groups.values())
-        schemes = linear_schemes(quantizing, model)
+        schemes = linear_schemes([quantizing], model)
         assert {name: scheme is by_group[down] for name, scheme in schemes.items()} == expected
 
 
 def test_schemes_are_those_that_compressed_tensors_applies():
     names = ["model.layers.0.mlp.down_proj"]
     quantizing, model = modifier(["Linear"], ["re:.*mlp.up.*"], names), shapes("llama")
-    expected = linear_schemes(quantizing, model)
+    expected = linear_schemes([quantizing], model)
     assert len(set(map(id, expected.values()))) == 3
     quantizing.initialize_quantization(model)
     applied = {
@@ -70,6 +70,16 @@ def test_schemes_are_those_that_compressed_tensors_applies():
         if hasattr(module, "quantization_scheme")
     }
     assert applied == expected
+
+
+def test_exceptions_are_said_by_name_or_expression_beside_a_class():
+    names = [f"model.layers.{n}.mlp.down_proj" for n in range(2)]
+    for groups in ([["Linear"], names], [["re:.*mlp.*"], names], [["Linear"], names[:1]]):
+        quantizing, model = modifier(*groups), shapes("llama")
+        check_targets(quantizing, model)
+        exception = quantizing.resolved_config.config_groups["group_1"]
+        schemes = linear_schemes([quantizing], model)
+        assert [name for name in schemes if schemes[name] is exception] == groups[1]
 
 
 @pytest.mark.parametrize(

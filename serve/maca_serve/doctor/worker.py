@@ -22,6 +22,8 @@ import os
 import sys
 from typing import Any
 
+from maca_serve.fit import WEIGHTS_ONLY
+
 Answer = dict[str, Any]
 
 
@@ -30,7 +32,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_CPU_INT4_W4A8"] = "0"  # as `maca-serve` serves; some kernels ask for it
+    for name, value in WEIGHTS_ONLY.items():  # some kernels ask for it; the caller's own stands
+        os.environ.setdefault(name, value)
     import torch
 
     from maca_serve.doctor.selection import answer

@@ -1,0 +1,21 @@
+"""What is decided, and said, before the weights are loaded."""
+
+from checkpoints import DATA
+from loguru import logger
+
+from maca_llmc.prepare import prepare
+
+
+def test_linears_that_vllm_fuses_and_that_differ_are_warned_of(tiny_models, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "a_stage: {b_modifiers: {MaCaModifier: {ignore: [lm_head, 're:.*v_proj'], scheme: W8A8}}}"
+    )
+    said = []
+    handle = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    try:
+        prepare(tmp_path / "out", model=str(tiny_models("llama")), recipe=recipe, **DATA)
+    finally:
+        logger.remove(handle)
+    (message,) = [message for message in said if "vLLM fuses" in message]
+    assert message.startswith("q_proj, k_proj, v_proj of model.layers.0.self_attn have different")
