@@ -41,7 +41,7 @@ METHODS = {
     **{f"gptq-{length}": (GPTQ, {"scales": (length,)}) for length in (128, 512, 2048)},
     **{
         f"mixed-p{exponent:g}": ({"length_exponent": exponent, **OBSERVED}, {"scales": MIXED})
-        for exponent in (0.0, 0.5, 1.0)
+        for exponent in (0.0, 0.5, 0.8, 1.0)
     },
     "mixed-counts-p1": (OBSERVED, {"scales": MIXED, "balance": "counts"}),
     **{
@@ -114,6 +114,7 @@ EFFECTS = (
     ("several lengths, tokens alike", "gptq-2048", "mixed-p0"),
     ("each sequence one sample (MaCa as we read it)", "mixed-p0", "mixed-p1"),
     ("half of that (p = 1/2)", "mixed-p0", "mixed-p0.5"),
+    ("as GPTQModel weighs lengths (p = 0.8)", "mixed-p0", "mixed-p0.8"),
     ("both of these", "gptq-2048", "mixed-p1"),
     ("each sequence one sample, first token x 4", "hs-mixed-p0-first4", "hs-mixed-p1-first4"),
     ("equally many windows of each length, not tokens", "mixed-p1", "mixed-counts-p1"),
@@ -146,6 +147,7 @@ EFFECTS = (
     ("dampening 0.001", "hs-gptq-128", "hs-128-damp0.001"),
     ("rotated before", "gptq-2048", "spin-gptq-2048"),
     ("rotated before", "hs2-mixed-p1-first4", "spin-hs2-mixed-p1-first4"),
+    ("GPTAQ, alpha 1/4", "hs2-mixed-p1-first4", "hs2-gptaq0.25-mixed-p1-first4"),
     ("GPTAQ, alpha 1/4", "hs-128-damp0.001", "hs-gptaq0.25-128-damp0.001"),
     ("GPTAQ, alpha 1", "hs-128-damp0.001", "hs-gptaq-128-damp0.001"),
 )

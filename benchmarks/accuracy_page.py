@@ -176,6 +176,22 @@ def sink_table() -> str:
     return markdown([head, *rows])
 
 
+def sensitivity_table() -> str:
+    """What an error at the first token costs against one at any other, by kind of module."""
+    found = json.loads((HERE / "results" / "sink_sensitivity.json").read_text())["models"]
+    kinds = list(next(iter(found.values()))["first_over_mean"])
+    rows = [["model", *kinds]]
+    for model, measured in found.items():
+        thirds = [measured["first_over_mean"][kind] for kind in kinds]
+        rows.append([model, *(" / ".join(sensitivity(x) for x in three) for three in thirds)])
+    return markdown(rows)
+
+
+def sensitivity(ratio: float) -> str:
+    """Two digits of a ratio, which may be nothing but rounding errors."""
+    return "0" if ratio < 1e-3 else f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+
+
 def scale_table() -> str:
     """What scales are best chosen by, in single layers."""
     found = json.loads((HERE / "results" / "scale_costs.json").read_text())["ratios"]
@@ -267,6 +283,7 @@ def main() -> None:
             zero_shot=zero_shot_table(groups),
             scales=scale_table(),
             sink=sink_table(),
+            sensitivity=sensitivity_table(),
             methods=method_list({cell["method"] for cell in cells}),
         ),
         *(

@@ -2,8 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
+
+pytest.importorskip("scipy", reason="runs in the serve environment")
+
+import numpy as np
 from accuracy_arms import DEFAULT, LENGTHS
 from accuracy_stats import holm, mean_and_error, paired_p, pairs_at, ratio_of_means, window_interval
 from accuracy_targets import STOCK, target_rows
