@@ -13,6 +13,8 @@ from maca_serve.errors import BrokenAnswerError, RequestError
 TOKENS_PER_REQUEST = 4096
 # One request of a long context on a slow CPU.
 TIMEOUT_SECONDS = 900.0
+# What vLLM's server says where its answer would hold NaN; minus infinity it writes as -9999.
+_NOT_NUMBERS = "Out of range float values are not JSON compliant"
 
 Prompt = list[int]
 
@@ -141,6 +143,12 @@ class Client:
             answer = send()
         except httpx.HTTPError as error:
             raise RequestError(f"vLLM did not answer: {error or type(error).__name__}") from error
+        if _NOT_NUMBERS in answer.text and answer.status_code == 400:
+            raise BrokenAnswerError(
+                "vLLM's log-probabilities are no numbers (NaN): the weights, or the kernel that "
+                "runs them, are broken; `maca-serve verify` names scales that are",
+                answered=True,
+            )
         if answer.status_code != 200:
             raise RequestError(
                 f"vLLM answered {answer.status_code}: {answer.text[:300]}",

@@ -10,7 +10,7 @@ from maca_serve import engine as module
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.client import Client
 from maca_serve.engine import Engine, claim_port
-from maca_serve.errors import EngineError, RequestError, UserError
+from maca_serve.errors import BrokenAnswerError, EngineError, RequestError, UserError
 from maca_serve.fit import Fit
 from maca_serve.serving import up
 
@@ -160,9 +160,16 @@ def test_base_has_no_low_bit_kernel(fake_vllm, base, monkeypatch):
         assert engine.kernel == "none (BF16)"
 
 
-def test_broken_weights_are_said_to_be(fake_vllm, engine):
-    fake_vllm("nan")
-    with pytest.raises(RequestError, match=r"log-probability -9999.0: the weights.*broken"), engine:
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("minus infinity", r"log-probability -9999.0: the weights.*broken"),
+        ("nan", r"log-probabilities are no numbers \(NaN\).*`maca-serve verify` names"),
+    ],
+)
+def test_broken_weights_are_said_to_be(fake_vllm, engine, fault, says):
+    fake_vllm(fault)
+    with pytest.raises(BrokenAnswerError, match=says), engine:
         engine.client().prompt_logprobs([[1, 2]])
 
 

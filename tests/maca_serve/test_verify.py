@@ -140,7 +140,8 @@ def test_verify_fails_another_kernel(checkpoint, monkeypatch):
     assert outcome(verify(checkpoint))["kernel"] == "fail"
 
 
-def test_verify_names_a_scale_that_is_no_number(checkpoint):
+def test_verify_names_a_scale_that_is_no_number(checkpoint, fake_vllm):
+    fake_vllm("nan")  # what the engine answers then
     file = checkpoint / "model.safetensors"
     tensors = load_file(file)
     name = "model.layers.1.mlp.up_proj.weight_scale"
@@ -151,8 +152,9 @@ def test_verify_names_a_scale_that_is_no_number(checkpoint):
     assert scales["found"] == f"1 of 14 hold NaN or infinity, first {name}"
 
 
-def test_verify_fails_broken_numbers_of_the_engine(checkpoint, fake_vllm):
-    fake_vllm("nan")
+@pytest.mark.parametrize("fault", ["nan", "minus infinity"])
+def test_verify_fails_broken_numbers_of_the_engine(checkpoint, fake_vllm, fault):
+    fake_vllm(fault)
     result = verify(checkpoint)
     assert outcome(result)["finite"] == "fail" and outcome(result)["kernel"] == "pass"
     assert outcome(result)["agreement"] == "not checked"

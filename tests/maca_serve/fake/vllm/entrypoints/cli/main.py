@@ -54,6 +54,9 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(1)
         if FAULT == "refuses":
             return self.answer(400, {"error": {"message": "prompt too long"}})
+        if FAULT == "nan":  # as vLLM 0.32 answers where a log-probability is no number
+            message = "Out of range float values are not JSON compliant"
+            return self.answer(400, {"error": {"message": message, "type": "BadRequestError"}})
         top = body.get("prompt_logprobs", 0)
         shift = 0.5 if FAULT == "depends on the batch" and len(body["prompt"]) == 1 else 0.0
         choices = [
@@ -92,7 +95,7 @@ def entries(ids, top, shift):
     found = [
         {**others, str(ids[i]): {"logprob": logprob(ids, i) - shift}} for i in range(1, len(ids))
     ]
-    if FAULT == "nan":
+    if FAULT == "minus infinity":
         found[-1][str(ids[-1])]["logprob"] = -9999.0
     return [None, *found]
 
