@@ -146,7 +146,7 @@ class Client:
         if _NOT_NUMBERS in answer.text and answer.status_code == 400:
             raise BrokenAnswerError(
                 "vLLM's log-probabilities are no numbers (NaN): the weights, or the kernel that "
-                "runs them, are broken; `maca-serve verify` names scales that are",
+                "runs them, are broken",
                 answered=True,
             )
         if answer.status_code != 200:

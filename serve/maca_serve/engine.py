@@ -25,7 +25,7 @@ from maca_serve.enginelog import (
     last_message,
     tail,
 )
-from maca_serve.errors import EngineError, RequestError, UserError
+from maca_serve.errors import EngineError, PortTakenError, RequestError, UserError
 from maca_serve.fit import Fit
 from maca_serve.process import listens, start_group, stop_group
 from maca_serve.scheme import describe_dtype
@@ -36,6 +36,8 @@ SILENT_SECONDS = 600.0
 POLL_SECONDS = 0.5
 # A dying engine fails its requests a little before its process ends.
 DEATH_SECONDS = 5.0
+# Other programs may take a port between its choice and the engine's start, half a minute later.
+PORT_TRIES = 3
 # What a start takes on two cores; only the first bar's estimate hangs on it.
 EXPECTED_SECONDS = 60.0
 
@@ -67,13 +69,14 @@ class Engine:
             checkpoint: what to serve.
             fit: settings, see `maca_serve.fit`.
             host: address to listen on.
-            port: TCP port; a free one when None.
+            port: TCP port; a free one when None, and another where that is taken meanwhile.
             api_key: what clients must show; nothing when None, whatever the environment says.
         """
         self.checkpoint = checkpoint
         self.fit = fit
         self.host = host
         self.port = port
+        self._port_given = port is not None
         self.api_key = api_key
         self.start_seconds = 0.0
         self._process: subprocess.Popen[str] | None = None
@@ -127,14 +130,15 @@ class Engine:
             UserError: the port is taken.
             EngineError: it did not start, with the last lines of its log.
         """
-        self.port = claim_port(self.host, self.port)
-        try:
-            self._start()
-            self._wait()
-        except BaseException as error:
-            self._stop(keep_log=isinstance(error, EngineError))
-            raise
-        return self
+        for _ in range(PORT_TRIES - 1):
+            try:
+                return self._enter()
+            except PortTakenError:
+                if self._port_given:
+                    raise
+                self.log.unlink()
+                self.port = None
+        return self._enter()
 
     def __exit__(
         self,
@@ -160,6 +164,16 @@ class Engine:
         while True:
             self.check()
             time.sleep(POLL_SECONDS)
+
+    def _enter(self) -> Self:
+        self.port = claim_port(self.host, self.port)
+        try:
+            self._start()
+            self._wait()
+        except BaseException as error:
+            self._stop(keep_log=isinstance(error, EngineError))
+            raise
+        return self
 
     def _start(self) -> None:
         handle, name = tempfile.mkstemp(prefix="maca-serve-", suffix=".log")
@@ -221,18 +235,19 @@ class Engine:
 
     def _failure(self, what: str) -> EngineError:
         lines = self.log_lines
-        cause = self._cause(lines)
-        return EngineError(
+        code, cause = self._exit_code(), find_cause(lines)
+        kind = EngineError
+        if code == -signal.SIGKILL:
+            cause = "killed (signal 9), as Linux does when memory runs out"
+        elif cause and "Address already in use" in cause:
+            kind = PortTakenError
+            cure = "; choose another with --port" if self._port_given else ""
+            cause = f"port {self.port} was taken meanwhile{cure}"
+        elif not cause:
+            cause = f"exit code {code}" if code is not None else "no error named"
+        return kind(
             f"{self.checkpoint.path}: vLLM {what}: {cause} (log: {self.log})", tail(lines, LOG_TAIL)
         )
-
-    def _cause(self, lines: list[str]) -> str:
-        code, cause = self._exit_code(), find_cause(lines)
-        if code == -signal.SIGKILL:
-            return "killed (signal 9), as Linux does when memory runs out"
-        if cause and "Address already in use" in cause:
-            return f"port {self.port} was taken meanwhile; choose another with --port"
-        return cause or (f"exit code {code}" if code is not None else "no error named")
 
     def _stop(self, *, keep_log: bool) -> None:
         try:

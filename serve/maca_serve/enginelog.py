@@ -22,6 +22,8 @@ _PREFIX = re.compile(r"^\([\w\- ]+pid=\d+\) (?:(?:ERROR|INFO|WARNING) [\d\- :]+\
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<type>\w+(?:Error|Exception)): (?P<message>.+)")
 # A child that was killed, for instance by the kernel for want of memory, has no exception.
 _KILLED = re.compile(r"^(?P<message>Worker proc \S+ died unexpectedly[^,]*)")
+# What the server says of an engine that ended without a word of its own; most such were killed.
+_CORE_GONE = "engine core exited unexpectedly"
 # A flag that vLLM does not know, or a value that it does not take.
 _USAGE = re.compile(r"^[\w.\- ]+: error: (?P<message>.+)")
 # Python's farewell in every stopped engine's log; it says nothing about why it stopped.
@@ -78,10 +80,11 @@ def find_cache(lines: list[str]) -> tuple[int | None, int | None]:
 def find_cause(lines: list[str]) -> str | None:
     """The first exception that is not second-hand, as `Type: message`, or None.
 
-    A killed worker counts as one, and so does a flag that vLLM does not take; a broken connection
-    only where nothing else is named.
+    A killed worker counts as one, and so does a flag that vLLM does not take; an engine that is
+    gone, or else a broken connection, only where nothing else is named.
     """
     stripped = [_PREFIX.sub("", line).strip() for line in lines]
+    gone = any(_CORE_GONE in line for line in stripped)
     disconnected = None
     for number, line in enumerate(stripped):
         if plain := _KILLED.match(line) or _USAGE.match(line):
@@ -97,6 +100,8 @@ def find_cause(lines: list[str]) -> str | None:
         if match["type"] not in _DISCONNECTED:
             return cause
         disconnected = disconnected or cause
+    if gone:
+        return f"{_CORE_GONE} and named no error: killed, as Linux does when memory runs out?"
     return disconnected
 
 

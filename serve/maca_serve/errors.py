@@ -35,6 +35,10 @@ class EngineError(UserError):
         self.details = details
 
 
+class PortTakenError(EngineError):
+    """vLLM found its port taken, which was free when it was checked."""
+
+
 def one_line(error: Exception) -> str:
     """An exception as vLLM's log would show it, in one line; without a message, its code."""
     said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line

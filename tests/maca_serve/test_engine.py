@@ -164,7 +164,7 @@ def test_base_has_no_low_bit_kernel(fake_vllm, base, monkeypatch):
     ("fault", "says"),
     [
         ("minus infinity", r"log-probability -9999.0: the weights.*broken"),
-        ("nan", r"log-probabilities are no numbers \(NaN\).*`maca-serve verify` names"),
+        ("nan", r"log-probabilities are no numbers \(NaN\): the weights.*broken"),
     ],
 )
 def test_broken_weights_are_said_to_be(fake_vllm, engine, fault, says):

@@ -86,6 +86,19 @@ def test_a_killed_worker_is_the_cause_of_what_follows():
     assert find_cause(lines) == "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)"
 
 
+def test_an_engine_that_is_gone_is_a_cause_only_where_no_error_is_named():
+    # What stands in vLLM 0.32's log after `kill -9` of its EngineCore process.
+    gone = [
+        "(APIServer pid=1) WARNING 11-23 13:31:39 [core_client.py:817] [shutdown] MPClient:"
+        " engine core exited unexpectedly; starting cleanup",
+        "(APIServer pid=1) ERROR 11-23 13:31:39 [async_llm.py:906]"
+        " vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.",
+    ]
+    reset = "(APIServer pid=1) ConnectionResetError: [Errno 104] Connection reset by peer"
+    assert find_cause([reset, *gone]).startswith("engine core exited unexpectedly and named no")
+    assert find_cause([*gone, CORE + "MemoryError: no room"]) == "MemoryError: no room"
+
+
 def test_a_broken_connection_is_a_cause_only_where_nothing_else_is_named():
     reset = CORE + "ConnectionResetError: [Errno 104] Connection reset by peer"
     assert find_cause([reset, CORE + "MemoryError: no room"]) == "MemoryError: no room"

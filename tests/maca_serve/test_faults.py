@@ -17,6 +17,7 @@ from maca_serve import UserError, cli, compare, throughput, up
 from maca_serve import engine as engine_module
 from maca_serve.engine import claim_port
 from packed import MODEL, write_packed
+from safetensors.torch import load_file, save_file
 
 MAIN = "from maca_serve import cli; cli.main()"
 # Stands still where a function of ours would run, and says that it got there.
@@ -163,15 +164,39 @@ class Healthy(BaseHTTPRequestHandler):
         pass
 
 
-def test_port_taken_between_check_and_start(fake_vllm, quantized, left_behind, monkeypatch):
-    monkeypatch.setattr(engine_module, "claim_port", lambda host, port: other.server_port)
-    with HTTPServer(("127.0.0.1", 0), Healthy) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        with pytest.raises(UserError) as error:
-            up(quantized, port=None).__enter__()
-        other.shutdown()
-    assert f"did not start: port {other.server_port} was taken meanwhile; ch" in str(error.value)
+@pytest.fixture
+def other():
+    """Its port."""
+    with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_port_taken_between_check_and_start(fake_vllm, quantized, left_behind, monkeypatch, other):
+    monkeypatch.setattr(engine_module, "claim_port", lambda host, port: port or other)
+    says = f"did not start: port {other} was taken meanwhile"
+    for given, cure in ((None, " (log"), (other, "; choose another with --port (log")):
+        with monkeypatch.context() as patch:
+            patch.setattr("maca_serve.serving.claim_port", lambda *_: other)
+            with pytest.raises(UserError) as error:
+                up(quantized, port=given).__enter__()
+        assert says + cure in str(error.value)
     assert left_behind() == []
+
+
+def test_another_port_is_taken_where_none_was_asked_for(
+    fake_vllm, settings, left_behind, monkeypatch, other
+):
+    chosen = [other, other]
+    monkeypatch.setattr(
+        engine_module,
+        "claim_port",
+        lambda host, port: chosen.pop() if chosen else claim_port(host, port),
+    )
+    results = compare(**settings)
+    assert chosen == [] and len(results["checkpoints"]) == 2
+    assert left_behind() == [] and not list(settings["output"].parent.parent.glob("*.log"))
 
 
 def lie_in_the_index(folder, file):
@@ -193,9 +218,18 @@ def other_groups(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def not_a_number(folder):
+    file = folder / "model-00001-of-00002.safetensors"
+    tensors = load_file(file)
+    scale = min(name for name in tensors if name.endswith("weight_scale"))
+    tensors[scale][1, 1] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
+        (not_a_number, r"weight_scale: holds NaN or infinity: quantize again"),
         (cut, r"model-00002-of-00002.safetensors: .*cut short: download it again"),
         (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "missing, and .* names it"),
         (lambda f: lie_in_the_index(f, "../x.safetensors"), "which is not a file of this folder"),

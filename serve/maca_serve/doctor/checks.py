@@ -8,6 +8,7 @@ from typing import Any
 
 from maca_serve.doctor.headers import Tensor, read_headers, read_integers
 from maca_serve.doctor.layouts import Expected, Scheme, expected, known, module_size, words
+from maca_serve.doctor.scales import find_scales, not_finite
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.errors import UserError
 
@@ -167,16 +168,19 @@ def heads_misfit(config: dict[str, Any], ranks: int) -> tuple[str, str] | None:
 def require_sound(folder: Path, config: dict[str, Any]) -> None:
     """Refuse a folder whose files are not whole, or whose tensors are not as its config says.
 
-    Reads headers only, so that no hours are spent before the last checkpoint turns out broken.
-    Weights in *.bin files have none and are left to vLLM.
+    Reads headers and scales only, so that no hours are spent before the last checkpoint turns out
+    broken. Weights in *.bin files have none and are left to vLLM.
 
     Raises:
-        UserError: see `read_headers` and `check`; of several problems the first.
+        UserError: see `read_headers` and `check`, or a scale that is no number; of several
+            problems the first.
     """
     if not any(folder.glob("*.safetensors")):
         return
-    contents = check(read_headers(folder), config.get("quantization_config") or {})
-    refuse_errors(folder, contents)
+    tensors = read_headers(folder)
+    refuse_errors(folder, check(tensors, config.get("quantization_config") or {}))
+    if broken := not_finite(find_scales(tensors)):
+        raise UserError(f"{folder}: {broken[0]}: holds NaN or infinity: quantize again")
 
 
 def refuse_errors(folder: Path, contents: Contents) -> None:

@@ -3,9 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from safetensors import safe_open
-
 from maca_serve.doctor.headers import Tensor
+from maca_serve.doctor.scales import find_scales, not_finite
 from maca_serve.enginelog import find_experts, find_kernels, find_weights_memory, name_experts
 
 PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
@@ -81,25 +80,18 @@ def _named(layer: dict[str, Any]) -> str:
 
 
 def check_scales(tensors: dict[str, Tensor]) -> Check:
-    """Whether every scale in the files is a number: one that is not spoils all that follows it.
-
-    The doctor reads headers only, so this is the first place where it shows by name.
+    """Whether every scale in the files is a number.
 
     Args:
         tensors: the folder's headers.
     """
     name = "scales"
-    scales = [tensor for tensor in tensors.values() if "scale" in tensor.name.rpartition(".")[2]]
+    scales = find_scales(tensors)
     if not scales:
         return not_checked(name, "the files hold none")
-    bad = [tensor.name for tensor in scales if not _finite(tensor)]
+    bad = not_finite(scales)
     found = f"{len(bad)} of {len(scales)} hold NaN or infinity, first {bad[0]}" if bad else ""
     return held(name, not bad, found or f"{len(scales)} tensors", "all finite", bad=len(bad))
-
-
-def _finite(tensor: Tensor) -> bool:
-    with safe_open(tensor.file, framework="pt") as file:
-        return bool(file.get_tensor(tensor.name).float().isfinite().all())
 
 
 def check_memory(lines: list[str], promised: int, ranks: int = 1) -> Check:
