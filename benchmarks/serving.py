@@ -12,9 +12,9 @@ the same command goes on after an interruption. Delete the file to begin anew.
 ``serve/maca_serve/assets/kernel_speeds.json``, from which ``maca-serve doctor`` warns.
 
 W4A16 on a CPU with AMX is measured twice: as it is, and as plain ``vllm serve`` runs it there, with
-activations rounded to 8 bits (``VLLM_CPU_INT4_W4A8=1``), which is another model. FP8 is measured on
-a card only: on a CPU vLLM 0.32 loads it, and gave up its first 40 tokens after its own limit of
-300 s (tried once, with other work on the machine).
+activations rounded to 8 bits (``VLLM_CPU_INT4_W4A8=1``), which is another model. FP8 on a CPU is
+measured on the small model only: of the large one's shape vLLM 0.32 gave up its first 40 tokens
+after its own limit of 300 s (tried once, on Intel, with other work on the machine).
 """
 
 import argparse
@@ -47,6 +47,7 @@ RECIPES = {
     "w4a16": "w4a16-g64.maca.yaml",
     "w3a16": "w3a16-g64.maca.yaml",
     "w2a16": "w2a16-g64.maca.yaml",
+    "fp8": "../benchmarks/fp8-dynamic.yaml",
 }
 # What `make demo` leaves.
 DEMO = {"bf16": "base", "w8a8": "maca-w8a8", "w4a16": "maca"}
@@ -73,16 +74,14 @@ class Arm:
 
 ARMS = {
     "cpu": {
-        REAL: [Arm("BF16", "bf16"), Arm("W8A8", "w8a8"), Arm("W4A16", "w4a16")],
+        REAL: [Arm(n.upper(), n) for n in ("bf16", "w8a8", "w4a16", "fp8")],
         SHAPED: [
-            Arm("BF16", "bf16"),
-            Arm("W8A8", "w8a8"),
-            Arm("W4A16", "w4a16"),
+            *(Arm(n.upper(), n) for n in ("bf16", "w8a8", "w4a16")),
             Arm("W4A16 as W4A8", "w4a16", {"VLLM_CPU_INT4_W4A8": "1"}),
         ],
     },
     "cuda": {
-        REAL: [Arm(n.upper(), n) for n in ("bf16", "w8a8", "w4a16", "w3a16", "w2a16")],
+        REAL: [Arm(n.upper(), n) for n in ("bf16", "w8a8", "fp8", "w4a16", "w3a16", "w2a16")],
         SHAPED: [Arm(n.upper(), n) for n in ("bf16", "w8a8", "fp8", "w4a16", "w3a16", "w2a16")],
     },
 }
@@ -182,25 +181,34 @@ def show(model: str, results: dict) -> None:
 
 
 def published(file: Path) -> list[dict]:
-    """Ratios of output tokens per second with 1 in flight, of arms as they are served."""
-    results = json.loads(file.read_text())[SHAPED]
-    plain = {arm.name for arms in ARMS.values() for arm in arms[SHAPED] if not arm.environment}
-    length = str(results["settings"]["speed"]["input_len"][0])
-    machine = results["machine"]
-    return [
-        {
-            "kernel": entry["kernel"],
-            "machine": ", ".join(machine["gpus"])
-            or f"{machine['cores']} cores of {machine['cpu']}",
-            "like": kind(machine),
-            "model": SHAPED,
-            "load": f"{length} in, {results['settings']['speed']['output_len']} out, 1 in flight",
-            "ratio": round(entry["break_even"]["ratios"][length]["1"]["ratio"], 3),
-            "source": f"benchmarks/results/{file.name}",
-        }
-        for entry in results["checkpoints"][1:]
-        if entry["name"] in plain
-    ]
+    """Ratios of output tokens per second, of arms as they are served.
+
+    A kernel that ran both models is told of with the large one.
+    """
+    measured = json.loads(file.read_text())
+    found: dict[str, dict] = {}
+    for model in (SHAPED, REAL):
+        if model not in measured:
+            continue
+        speed = measured[model]["settings"]["speed"]
+        length = str(speed["input_len"][0])
+        machine = measured[model]["machine"]
+        plain = {arm.name for arms in ARMS.values() for arm in arms[model] if not arm.environment}
+        for entry in measured[model]["checkpoints"][1:]:
+            if entry["name"] not in plain or entry["kernel"] in found:
+                continue
+            ratios = entry["break_even"]["ratios"][length]
+            found[entry["kernel"]] = {
+                "kernel": entry["kernel"],
+                "machine": ", ".join(machine["gpus"])
+                or f"{machine['cores']} cores of {machine['cpu']}",
+                "like": kind(machine),
+                "model": model,
+                "tokens": f"{length} in, {speed['output_len']} out",
+                "ratios": {level: round(each["ratio"], 3) for level, each in ratios.items()},
+                "source": f"benchmarks/results/{file.name}",
+            }
+    return list(found.values())
 
 
 def publish(folder: Path) -> None:

@@ -31,8 +31,9 @@ TIMEOUT = 600
 def ask_kernels(run: Run) -> list[dict[str, Any]]:
     """The kernels that vLLM would choose here and on the usual GPUs.
 
-    :return: per target its ``target``, ``verdict`` (``loads`` or what is wrong) and ``kernels``
-        (how many layers each would run); or ``unknown`` with the reason
+    :return: per target its ``target``, ``verdict`` (``loads`` or what is wrong), ``kernels`` (how
+        many layers each would run) and ``remarks`` (what else the doctor says, for instance that a
+        kernel was slower than 16 bits on such a machine); or ``unknown`` with the reason
     """
     doctor = find_doctor()
     if doctor is None:
@@ -112,7 +113,12 @@ def _entry(target: str, answer: dict[str, Any]) -> dict[str, Any]:
     for layer in answer["layers"]:
         if layer["quantized"]:
             kernels[_kernel(layer)] += layer["count"]
-    return {"target": target, "verdict": answer["verdict"], "kernels": dict(kernels)}
+    return {
+        "target": target,
+        "verdict": answer["verdict"],
+        "kernels": dict(kernels),
+        "remarks": [problem["what"] for problem in answer["problems"]],
+    }
 
 
 def _kernel(layer: dict[str, Any]) -> str:

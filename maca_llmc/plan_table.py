@@ -65,7 +65,7 @@ def _kernels(plan: dict[str, Any]) -> Table:
             continue
         kernels = ", ".join(f"{name} ({count})" for name, count in entry["kernels"].items())
         verdict = "" if entry["verdict"] == "loads" else f"; {entry['verdict']}"
-        table.add_row(entry["target"], kernels + verdict)
+        table.add_row(entry["target"], "\n".join([kernels + verdict, *entry["remarks"]]))
     return table
 
 

@@ -11,6 +11,7 @@ from maca_llmc.prepare import prepare
 
 ANSWER = {
     "verdict": "loads",
+    "problems": [{"severity": "note", "what": "MarlinLinearKernel was slower", "cure": "measure"}],
     "layers": [
         {
             "quantized": True,
@@ -62,6 +63,7 @@ def test_every_target_is_asked_about_the_checkpoint_to_be(run, doctor):
     ]
     for entry in found:
         assert entry["verdict"] == "loads"
+        assert entry["remarks"] == ["MarlinLinearKernel was slower"]
         assert entry["kernels"] == {
             "MarlinLinearKernel, or HummingLinearKernel with humming-kernels": 2,
             "none": 1,

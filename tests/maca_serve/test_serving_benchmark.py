@@ -37,6 +37,7 @@ def test_a_model_is_measured_once_and_its_tables_come_again(
 ):
     folders = {"bf16": base, "w8a8": quantized}
     monkeypatch.setattr(serving, "folder_of", lambda model, scheme, layers: folders[scheme])
+    monkeypatch.setattr(serving, "has_zen_kernels", lambda: False)
     monkeypatch.setattr(serving, "runnable", lambda arms: (arms, {"FP8": "no kernel"}))
     command = ["serving.py", "--models", serving.REAL, "--arms", "BF16", "W8A8"]
     command += ["--bindings", "0", "auto", "--concurrency", "1,2", "--results", str(tmp_path)]
@@ -61,24 +62,35 @@ def test_a_model_is_measured_once_and_its_tables_come_again(
     assert "under other settings" in capsys.readouterr().err
 
 
-def test_what_the_doctor_warns_from(tmp_path, monkeypatch):
-    ratios = {"32": {"1": {"ratio": 0.8304}}}
-    entries = [
-        {"name": name, "kernel": "K", "break_even": {"ratios": ratios}}
-        for name in ("BF16", "W4A16", "W4A16 as W4A8")
-    ]
+def test_what_the_doctor_warns_from(tmp_path):
+    def entry(name, kernel, ratio):
+        ratios = {"32": {"1": {"ratio": ratio}, "4": {"ratio": 0.5}}, "512": {"1": {"ratio": 9.0}}}
+        return {"name": name, "kernel": kernel, "break_even": {"ratios": ratios}}
+
     machine = {"cpu": "X", "cores": 2, "cpu_flags": ["avx2"], "gpus": []}
-    speed = {"input_len": [32], "output_len": 32}
-    results = {"machine": machine, "settings": {"speed": speed}, "checkpoints": entries}
+    common = {
+        "machine": machine,
+        "settings": {"speed": {"input_len": [32, 512], "output_len": 32}},
+    }
+    base = entry("BF16", "none", 1.0)
+    large = [base, entry("W4A16", "K", 0.8304), entry("W4A16 as W4A8", "K", 2.0)]
+    small = [base, entry("W4A16", "K", 0.7), entry("FP8", "L", 0.08)]
     file = tmp_path / "serving-x.json"
-    file.write_text(json.dumps({serving.SHAPED: results}))
-    (found,) = serving.published(file)
-    assert found == {
-        "kernel": "K",
+    file.write_text(
+        json.dumps(
+            {
+                serving.REAL: {**common, "checkpoints": small},
+                serving.SHAPED: {**common, "checkpoints": large},
+            }
+        )
+    )
+    said = {
         "machine": "2 cores of X",
         "like": ["avx2"],
-        "model": "8B-shaped",
-        "load": "32 in, 32 out, 1 in flight",
-        "ratio": 0.83,
+        "tokens": "32 in, 32 out",
         "source": "benchmarks/results/serving-x.json",
     }
+    assert serving.published(file) == [
+        {"kernel": "K", "model": "8B-shaped", "ratios": {"1": 0.83, "4": 0.5}, **said},
+        {"kernel": "L", "model": "SmolLM2-135M", "ratios": {"1": 0.08, "4": 0.5}, **said},
+    ]
