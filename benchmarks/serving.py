@@ -1,6 +1,6 @@
 """How fast vLLM serves low-bit checkpoints, against BF16 in the same run, and where that ends.
 
-    .venv-serve/bin/python benchmarks/serving.py             # about 20 minutes on two cores
+    .venv-serve/bin/python benchmarks/serving.py             # about 50 minutes on two cores
 
 Two models: SmolLM2-135M (the demo's checkpoints, made here where they are missing), and one of
 Llama-3-8B's layer shape with random weights, with 4 layers on a CPU and 32 on a card. BF16 gets the
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument(
         "--concurrency", type=numbers, default=(1, 4, 16, 64) if cuda else (1, 4, 16)
     )
-    parser.add_argument("--input-len", type=numbers, default=(32, 512) if cuda else (32,))
+    parser.add_argument("--input-len", type=numbers, default=(32, 512))
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder")
