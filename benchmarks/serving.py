@@ -24,6 +24,7 @@ import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from maca_serve.breakeven import describe_loads
 from maca_serve.checkpoint import open_all
 from maca_serve.doctor import diagnose
 from maca_serve.doctor.speeds import FILE as SPEEDS
@@ -191,21 +192,20 @@ def published(file: Path) -> list[dict]:
         if model not in measured:
             continue
         speed = measured[model]["settings"]["speed"]
-        length = str(speed["input_len"][0])
         machine = measured[model]["machine"]
         plain = {arm.name for arms in ARMS.values() for arm in arms[model] if not arm.environment}
         for entry in measured[model]["checkpoints"][1:]:
             if entry["name"] not in plain or entry["kernel"] in found:
                 continue
-            ratios = entry["break_even"]["ratios"][length]
+            loads = describe_loads(entry["break_even"]["ratios"])
             found[entry["kernel"]] = {
                 "kernel": entry["kernel"],
                 "machine": ", ".join(machine["gpus"])
                 or f"{machine['cores']} cores of {machine['cpu']}",
                 "like": kind(machine),
                 "model": model,
-                "tokens": f"{length} in, {speed['output_len']} out",
-                "ratios": {level: round(each["ratio"], 3) for level, each in ratios.items()},
+                "tokens": f"{' or '.join(map(str, speed['input_len']))} in, {speed['output_len']}",
+                "ratios": {load: round(each["ratio"], 3) for load, each in loads.items()},
                 "source": f"benchmarks/results/{file.name}",
             }
     return list(found.values())

@@ -11,7 +11,7 @@ from maca_serve.measure import measure, speed_settings
 from maca_serve.ranks import Ranks
 from maca_serve.recovery import describe_intervals, recovery
 from maca_serve.report import render_report
-from maca_serve.results import check_output, lock_folder, write_json, write_text
+from maca_serve.results import check_output, lock_folder, write_measured, write_text
 from maca_serve.settings import (
     CONCURRENCY,
     INPUT_LEN,
@@ -106,9 +106,8 @@ def _compare(
     for entry in results["checkpoints"][1:]:
         entry["verdict"] = judge(first, entry)
     results["settings"] |= {"intervals": describe_intervals(), "rules": rules()}
-    report = render_report(results, checkpoints)
-    write_json(Path(output) / RESULTS, results)
-    # Should the disk be full now, no report of an earlier run stands beside these results.
+    write_measured(Path(output) / RESULTS, results)
+    # Should what follows fail, no report of an earlier run stands beside these results.
     (Path(output) / REPORT).unlink(missing_ok=True)
-    write_text(Path(output) / REPORT, report)
+    write_text(Path(output) / REPORT, render_report(results, checkpoints))
     return results

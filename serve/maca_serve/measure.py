@@ -20,7 +20,7 @@ from maca_serve.errors import UserError
 from maca_serve.fit import Fit, fit
 from maca_serve.machine import describe_machine, require_vllm, versions
 from maca_serve.ranks import Ranks, check_ranks
-from maca_serve.results import check_output, write_json
+from maca_serve.results import check_output, write_measured
 from maca_serve.settings import (
     CONCURRENCY,
     INPUT_LEN,
@@ -258,5 +258,5 @@ def _as_list(names: Sequence[str] | None) -> list[str] | None:
 
 def _finish(results: dict[str, Any], output: str | Path | None) -> dict[str, Any]:
     if output is not None:
-        write_json(Path(output), results)
+        write_measured(Path(output), results)
     return results

@@ -1,5 +1,6 @@
 """One self-contained HTML page: tables and plots inline, nothing fetched from anywhere."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from maca_serve.plots import (
 )
 from maca_serve.recovery import headline
 from maca_serve.speed_plots import speed_figures
-from maca_serve.speed_view import alike, speed_grids
+from maca_serve.speed_view import Number, alike, speed_grids
 from maca_serve.summary import headline as first_line
 
 
@@ -39,7 +40,11 @@ def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"headline": headline, "number": partial(number, results)}
+    environment.globals |= {
+        "headline": headline,
+        "number": partial(number, results),
+        "cell": cell,
+    }
     entries = results["checkpoints"]
     return environment.get_template("report.html.j2").render(
         results=results,
@@ -73,8 +78,20 @@ def number(results: dict[str, Any], form: str, *keys: str | int) -> Markup:
     for key in keys:
         value = value[key]
     text = "–" if value is None else form % (tuple(value) if isinstance(value, list) else value)
+    return Markup('<span data-key="{}">{}</span>').format(_pointer(keys), text)
+
+
+def cell(text: str) -> Markup:
+    """A table's cell; a number knows where it stands in results.json, and in which unit."""
+    if not isinstance(text, Number):
+        return escape(text)
+    unit = Markup(' data-unit="{:.10g}"').format(text.unit) if text.unit != 1 else ""
+    return Markup('<span data-key="{}"{}>{}</span>').format(_pointer(text.keys), unit, str(text))
+
+
+def _pointer(keys: Sequence[str | int]) -> str:
     steps = [str(key).replace("~", "~0").replace("/", "~1") for key in keys]
-    return Markup('<span data-key="/{}">{}</span>').format(escape("/".join(steps)), text)
+    return f"/{'/'.join(steps)}"
 
 
 def _plots(results: dict[str, Any]) -> dict[str, str]:

@@ -71,6 +71,25 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
 
 
+def write_measured(path: Path, value: dict[str, Any]) -> None:
+    """Write what took hours to measure; where that fails, into the temporary folder.
+
+    Raises:
+        UserError: it could not be written there, and where it was kept.
+    """
+    try:
+        write_json(path, value)
+    except UserError as error:
+        handle, name = tempfile.mkstemp(prefix="maca-serve-results-", suffix=".json")
+        os.close(handle)
+        try:
+            write_json(Path(name), value)
+        except UserError:
+            Path(name).unlink()
+            raise error from None
+        raise UserError(f"{error}; what was measured is kept as {name}") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file beside, then rename, so that no reader and no interrupt sees half of it.
 

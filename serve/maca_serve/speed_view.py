@@ -7,7 +7,26 @@ from typing import Any, NamedTuple
 from maca_serve.breakeven import describe_loads, in_words
 
 Entry = dict[str, Any]
+Keys = tuple[str | int, ...]
 GIB = 1024**3
+
+
+class Number(str):
+    """A number as text that knows where it comes from.
+
+    Attributes:
+        keys: its place in results.
+        unit: what it is divided by there.
+    """
+
+    keys: Keys
+    unit: float
+
+    def __new__(cls, text: str, keys: Keys, unit: float) -> "Number":
+        """The text, with its place and unit."""
+        made = super().__new__(cls, text)
+        made.keys, made.unit = keys, unit
+        return made
 
 
 class Grid(NamedTuple):
@@ -52,24 +71,32 @@ def in_flight_grid(entries: list[Entry]) -> Grid:
     """Medians over the rounds of what `vllm bench serve` said, and the ratio to the base."""
     columns = ["speed", "tokens in", "in flight", "TTFT ms", "TPOT ms", "E2EL ms", "p99"]
     columns += ["out tok/s", "tok/s", "ratio"]
-    rows = [
-        [entry["name"], length, level, *_latencies(run), *_rates(run), _ratio(entry, length, level)]
-        for entry in entries
-        for length, runs in entry["throughput"].items()
-        for level, run in runs.items()
-    ]
+    rows = []
+    for i, entry in enumerate(entries):
+        for length, runs in entry["throughput"].items():
+            for level in runs:
+                at = (i, "throughput", length, level)
+                rates = [
+                    _number(entries, "{:.1f}", *at, key)
+                    for key in ("output_tokens_per_s", "total_tokens_per_s")
+                ]
+                place = (i, "break_even", "ratios", length, level, "ratio")
+                ratio = _number(entries, "{:.2f}x", *place) if "break_even" in entry else "–"
+                row = [entry["name"], length, level, *_latencies(entries, *at), *rates, ratio]
+                rows.append(row)
     return Grid(columns, rows)
 
 
 def rates_grid(entries: list[Entry]) -> Grid:
     """What arrived and what was answered per second, with its latencies."""
     columns = ["arrivals", "tokens in", "per s", "answered", "TTFT ms", "TPOT ms", "E2EL ms", "p99"]
-    rows = [
-        [entry["name"], length, rate, f"{run['requests_per_s']:.2f}", *_latencies(run)]
-        for entry in entries
-        for length, runs in entry["rates"].items()
-        for rate, run in runs.items()
-    ]
+    rows = []
+    for i, entry in enumerate(entries):
+        for length, runs in entry["rates"].items():
+            for rate in runs:
+                at = (i, "rates", length, rate)
+                answered = _number(entries, "{:.2f}", *at, "requests_per_s")
+                rows.append([entry["name"], length, rate, answered, *_latencies(entries, *at)])
     return Grid(columns, rows)
 
 
@@ -91,7 +118,11 @@ def break_even_grid(entries: list[Entry]) -> Grid:
 def memory_grid(entries: list[Entry]) -> Grid:
     """Memory, and how near decoding comes to the speed of memory."""
     columns = ["memory", "weights GiB", "from", "KV cache GiB", "tokens", "GB per token", "of copy"]
-    return Grid(columns, [[entry["name"], *_memory(entry), *_share(entry)] for entry in entries])
+    rows = [
+        [entry["name"], *_memory(entries, i), *_share(entries, i)]
+        for i, entry in enumerate(entries)
+    ]
+    return Grid(columns, rows)
 
 
 def _spreads(group: list[Entry]) -> list[str]:
@@ -106,38 +137,38 @@ def _join(words: list[str]) -> str:
     return f"{', '.join(rest)} and {last}" if rest else last
 
 
-def _latencies(run: Entry) -> list[str]:
-    return [
-        f"{run['ttft_ms']['median']:.0f}",
-        f"{run['tpot_ms']['median']:.1f}",
-        f"{run['e2el_ms']['median']:.0f}",
-        f"{run['e2el_ms']['p99']:.0f}",
-    ]
-
-
-def _rates(run: Entry) -> list[str]:
-    return [f"{run['output_tokens_per_s']:.1f}", f"{run['total_tokens_per_s']:.1f}"]
-
-
-def _ratio(entry: Entry, length: str, level: str) -> str:
-    if "break_even" not in entry:
+def _number(entries: list[Entry], form: str, *keys: str | int, unit: float = 1.0) -> str:
+    """What stands at that place under `checkpoints`; a dash for null."""
+    value: Any = entries
+    for key in keys:
+        value = value[key]
+    if value is None:
         return "–"
-    return f"{entry['break_even']['ratios'][length][level]['ratio']:.2f}x"
+    return Number(form.format(value / unit), ("checkpoints", *keys), unit)
 
 
-def _memory(entry: Entry) -> list[str]:
-    memory = entry["memory"]
-    cache, tokens = memory["kv_cache_bytes"], memory["kv_cache_tokens"]
+def _latencies(entries: list[Entry], *at: str | int) -> list[str]:
     return [
-        f"{memory['weights_bytes'] / GIB:.2f}",
-        memory["weights_source"],
-        "–" if cache is None else f"{cache / GIB:.2f}",
-        "–" if tokens is None else f"{tokens:,}",
+        _number(entries, "{:.0f}", *at, "ttft_ms", "median"),
+        _number(entries, "{:.1f}", *at, "tpot_ms", "median"),
+        _number(entries, "{:.0f}", *at, "e2el_ms", "median"),
+        _number(entries, "{:.0f}", *at, "e2el_ms", "p99"),
     ]
 
 
-def _share(entry: Entry) -> list[str]:
-    share = entry["bandwidth"]
-    if "share" not in share:
+def _memory(entries: list[Entry], i: int) -> list[str]:
+    return [
+        _number(entries, "{:.2f}", i, "memory", "weights_bytes", unit=GIB),
+        entries[i]["memory"]["weights_source"],
+        _number(entries, "{:.2f}", i, "memory", "kv_cache_bytes", unit=GIB),
+        _number(entries, "{:,.0f}", i, "memory", "kv_cache_tokens"),
+    ]
+
+
+def _share(entries: list[Entry], i: int) -> list[str]:
+    if "share" not in entries[i]["bandwidth"]:
         return ["–", "–"]
-    return [f"{share['weights_bytes_per_token'] / 1e9:.3f}", f"{share['share']:.0%}"]
+    return [
+        _number(entries, "{:.3f}", i, "bandwidth", "weights_bytes_per_token", unit=1e9),
+        _number(entries, "{:.0f}%", i, "bandwidth", "share", unit=0.01),
+    ]

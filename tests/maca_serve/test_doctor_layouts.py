@@ -1,9 +1,11 @@
 """Layouts against the libraries that write them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.compressors import pack_to_int32
-from maca_serve.doctor.layouts import Scheme, expected, known, module_size, words
+from maca_serve.doctor.layouts import Inputs, Scheme, expected, known, module_size, words
 
 NAMES = {torch.int32: "I32", torch.int8: "I8"}
 
@@ -40,8 +42,11 @@ def test_channel_tensor_and_block_scales():
 
 
 def test_static_activations_have_a_scale():
-    scheme = Scheme("float-quantized", 8, strategy="tensor", kind="float", static_inputs=True)
+    inputs = Inputs(8, "float", "tensor", symmetric=True, static=True)
+    scheme = Scheme("float-quantized", 8, strategy="tensor", kind="float", inputs=inputs)
     assert expected(scheme, 4, 4)["input_scale"].required
+    dynamic = replace(scheme, inputs=replace(inputs, static=False))
+    assert "input_scale" not in expected(dynamic, 4, 4)
 
 
 def test_gptq_packs_inputs_and_awq_outputs():

@@ -1,4 +1,5 @@
 import pytest
+from maca_serve.doctor.layouts import Inputs
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.errors import UserError
 
@@ -39,9 +40,21 @@ def test_groups_of_other_names_only():
 
 
 def test_static_activations():
-    inputs = {"num_bits": 8, "dynamic": False}
+    inputs = {"num_bits": 8, "dynamic": False, "symmetric": False}
     group = {"targets": ["Linear"], "weights": W8, "input_activations": inputs}
-    assert scheme_finder(compressed({"a": group}))("x").static_inputs
+    found = scheme_finder(compressed({"a": group}))("x").inputs
+    assert found == Inputs(8, "int", "tensor", symmetric=False, static=True)
+
+
+def test_activations_rounded_while_it_runs():
+    inputs = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    groups = {
+        "a": {"targets": ["re:.*up"], "weights": W8, "input_activations": inputs},
+        "b": {"targets": ["Linear"], "weights": W4, "input_activations": None},
+    }
+    find = scheme_finder(compressed(groups))
+    assert find("up").inputs == Inputs(8, "float", "token", symmetric=True, static=False)
+    assert find("down").inputs is None
 
 
 @pytest.mark.parametrize(

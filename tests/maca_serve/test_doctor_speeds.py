@@ -10,8 +10,8 @@ SLOW = {
     "machine": "2 cores of X",
     "like": speeds.kind(HERE),
     "model": "8B-shaped",
-    "tokens": "32 in, 32 out",
-    "ratios": {"1": 0.83, "4": 0.6},
+    "tokens": "32 in, 32",
+    "ratios": {"1 in flight": 0.83, "4 in flight": 0.6},
     "source": "some.json",
 }
 
@@ -41,21 +41,22 @@ def notes(simulated=False):
 @pytest.mark.parametrize(
     ("ratios", "says"),
     [
-        ({"1": 0.83, "4": 0.6}, "slower than BF16 where it was measured: 0.83x with 1 in flight, "),
-        ({"1": 0.83, "4": 0.6}, "flight, 0.60x with 4 (output tokens per second of 8B-shaped, 32 "),
-        ({"1": 1.0}, "was no faster than BF16 where it was measured: 1.00x with 1 in flight ("),
-        ({"1": 1.9, "4": 1.01}, "was not always faster than BF16 where it was measured: 1.90x "),
-        ({"1": 1.0, "4": 0.6}, "was no faster than BF16"),
+        ({}, "slower than BF16 where it was measured: 0.83x with 1 in flight, 0.60x with 4 in f"),
+        ({}, "(output tokens per second of 8B-shaped, 32 in, 32 out, on 2 cores of X: some.json"),
+        ({"a": 1.0}, "was no faster than BF16 where it was measured: 1.00x with a ("),
+        ({"a": 1.9, "b": 1.3, "c": 1.0}, "was not always faster than BF16 where it was measured: "),
+        ({"a": 1.9, "b": 1.3, "c": 1.0}, "1.90x with a, 1.00x with c ("),
+        ({"a": 1.0, "b": 0.6}, "was no faster than BF16"),
     ],
 )
 def test_a_slow_kernel_is_named_with_its_loads_and_source(measured, ratios, says):
-    measured(ratios=ratios)
+    measured(**({"ratios": ratios} if ratios else {}))
     (note,) = notes()
-    assert says in note and "some.json" in note
+    assert says in note
 
 
 @pytest.mark.parametrize(
-    "changes", [{"ratios": {"1": 1.06, "4": 2.0}}, {"like": ["neon"]}, {"kernel": "Marlin"}]
+    "changes", [{"ratios": {"a": 1.06, "b": 2.0}}, {"like": ["neon"]}, {"kernel": "Marlin"}]
 )
 def test_other_machines_kernels_and_what_is_faster_are_not(measured, changes):
     measured(**changes)

@@ -24,7 +24,7 @@ MAIN = "from maca_serve import cli; cli.main()"
 STALL = """
 import pathlib, tempfile, time
 from maca_serve import cli, comparison, results
-def stall(*_):
+def stall(*_, **__):
     pathlib.Path(tempfile.gettempdir(), "reached").touch()
     time.sleep(600)
 {place}
@@ -112,6 +112,51 @@ def test_compare_stopped_in_each_phase(
     else:
         assert not (tmp_path / "a").exists()
     assert not list(tmp_path.glob("maca-serve-*"))
+
+
+# What they call stands still: the doctor's own child, and the copies of memory.
+NO_DOCTOR = "import maca_serve.verification.verifying as v; v._diagnose = lambda *_: []; "
+DOCTOR = """
+import subprocess, sys
+from maca_serve.doctor import asking
+start = asking.start_group
+child = "import os, pathlib, tempfile, time; os.fork(); \\
+pathlib.Path(tempfile.gettempdir(), 'reached').touch(); time.sleep(600)"
+asking.start_group = lambda _, *rest, **pipes: start([sys.executable, "-c", child], *rest, **pipes)
+"""
+COPYING = STALL.format(place="from maca_serve import measure; measure.copy_bandwidth = stall")
+OUT = ("--output", "out")
+REPACKING = STALL.format(place="from maca_serve import repacking; repacking.save_file = stall")
+
+
+@pytest.mark.parametrize(
+    ("code", "fault", "words"),
+    [
+        (NO_DOCTOR + MAIN, "hangs", ["verify", "w4"]),
+        (NO_DOCTOR + MAIN, "stalls in scoring", ["verify", "w4"]),
+        (DOCTOR + MAIN, "", ["doctor", "w4"]),
+        (MAIN, "stalls in scoring", ["accuracy", "w4", "--lengths", "40", "--text", "text", *OUT]),
+        (COPYING, "", ["throughput", "base", "w4", *OUT]),
+        (MAIN, "stalls in bench", ["throughput", "base", "w4", "--input-len", "40", *OUT]),
+        (REPACKING, "", ["repack", "w3", "out", "--container", "4"]),
+    ],
+    ids=["verify", "asking", "doctor", "accuracy", "copying", "throughput", "repack"],
+)
+def test_every_command_stopped(
+    fake_vllm, base, quantized, text, left_behind, tmp_path, code, fault, words
+):
+    fake_vllm(fault)
+    paths = {"base": base, "w4": quantized, "text": text, "out": tmp_path / "out"}
+    paths["w3"] = tmp_path / "w3"
+    write_packed(paths["w3"], 3)
+    words = [paths.get(word, word) for word in words]
+    process = start(code, words)
+    wait_for(tmp_path / "reached", process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert left_behind() == []
+    assert not list(tmp_path.glob("maca-serve-*")) and not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,8 +1,6 @@
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from maca_serve.dequantization import dequantize
-from maca_serve.doctor.layouts import Scheme
 from maca_serve.packing import unpack, unpack_columns
 from packed import pack
 
@@ -39,15 +37,3 @@ def test_repack_may_use_compressed_tensors_packer_for_4_bits_and_not_for_3():
 def test_rows_of_another_length_or_type_are_refused(words):
     with pytest.raises(ValueError, match="is not rows of 32 3-bit codes"):
         unpack(words, 3, 32)
-
-
-def test_features_out_of_order_take_their_own_groups_scale():
-    codes = random_codes(3, 2, 4)
-    scale = torch.tensor([[1.0, 100.0], [2.0, -3.0]])
-    tensors = {
-        "weight_packed": pack(codes, 3),
-        "weight_scale": scale,
-        "weight_g_idx": torch.tensor([1, 0, 0, 1], dtype=torch.int32),
-    }
-    found = dequantize(tensors, Scheme("pack-quantized", 3, group_size=2), (2, 4))
-    assert torch.equal(found, codes * scale[:, [1, 0, 0, 1]])

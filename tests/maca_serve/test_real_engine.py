@@ -69,27 +69,34 @@ def test_a_prompt_alone_and_among_others_scores_alike_and_nothing_is_left(checkp
         assert not (int(fields[2]) == group and alive(int(status.parent.name)))
 
 
-@pytest.mark.parametrize("phase", ["scoring", "timing"])
-def test_an_engine_core_that_is_killed_is_the_cause(checkpoints, monkeypatch, tmp_path, phase):
+@pytest.mark.parametrize(
+    ("victim", "phase", "says"),
+    [
+        ("VLLM::EngineCor", "scoring", "engine core exited unexpectedly and named no error"),
+        ("VLLM::Worker", "timing", r"Worker proc \S+ died unexpectedly"),
+    ],
+)
+def test_a_process_of_the_engine_that_is_killed_is_the_cause(
+    checkpoints, monkeypatch, victim, phase, says
+):
     """The server itself lives on for a moment, answers with errors, and ends with exit code 0."""
     where = {"scoring": (Client, "prompt_logprobs"), "timing": (Benchmark, "run")}[phase]
     call = getattr(*where)
-    killed: list[psutil.Process] = []
+    everybody: list[psutil.Process] = []
 
     def kill_and_call(*arguments, **named):
-        everybody = psutil.Process().children(recursive=True)
-        (core,) = (process for process in everybody if "EngineCor" in process.name())
-        killed.extend(everybody)
-        core.kill()
+        everybody.extend(psutil.Process().children(recursive=True))
+        (process,) = (process for process in everybody if process.name() == victim)
+        process.kill()
         return call(*arguments, **named)
 
     monkeypatch.setattr(*where, kill_and_call)
-    with pytest.raises(UserError, match=r"vLLM died while it was used: engine core exited"):
+    with pytest.raises(UserError, match=f"vLLM died while it was used: {says}"):
         if phase == "scoring":
             accuracy([checkpoints[1]], lengths=[64], windows=2, limit=2)
         else:
             throughput([checkpoints[1]], concurrency=[1], prompts=2, input_len=[32], output_len=8)
-    assert not [p for p in killed if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not [p for p in everybody if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_what_vllm_cannot_load_is_named(checkpoints, tmp_path):

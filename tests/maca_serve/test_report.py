@@ -179,9 +179,11 @@ def test_page_without_inspection(results, base, quantized):
 def test_every_number_is_that_of_results(results, checkpoints):
     written = json.loads(json.dumps(results))
     html = render_report(written, checkpoints)
-    found = re.findall(r'<span data-key="([^"]+)"(?: data-unit="(\w+)")?>([^<]+)</span>', html)
-    # Perplexity, tasks, probes and recoveries of two checkpoints.
-    assert len(found) > 60
+    found = re.findall(r'<span data-key="([^"]+)"(?: data-unit="([\w.+]+)")?>([^<]+)</span>', html)
+    # Perplexity, tasks, probes, recoveries, speed and memory of two checkpoints.
+    assert len(found) > 90
+    assert any("/throughput/" in pointer for pointer, *_ in found)
+    assert any("/bandwidth/share" in pointer for pointer, *_ in found)
     for pointer, unit, text in found:
         value = written
         for key in pointer[1:].split("/"):
@@ -189,9 +191,11 @@ def test_every_number_is_that_of_results(results, checkpoints):
         if value is None:
             assert text == "–"
             continue
+        text = text.replace(",", "")
         shown = [float(part) for part in re.findall(r"-?[\d.]+", text)]
         values = value if isinstance(value, list) else [value]
-        half_a_digit = 0.5 * 10 ** -len(text.split()[0].partition(".")[2]) + 1e-9
+        digits = re.findall(r"\d*", text.split()[0].partition(".")[2])[0]
+        half_a_digit = 0.5 * 10 ** -len(digits) + 1e-9
         values = [each / float(unit or 1) for each in values]
         assert shown == pytest.approx(values, abs=half_a_digit)
 
@@ -203,7 +207,7 @@ def test_speed_says_how_it_was_measured_and_where_it_ends(results, base, quantiz
     assert "engines together (there is room; 2 starts)" in html
     assert "<td>up to 1, no longer at 4</td>" in html
     assert "12.3 GB/s" in html
-    assert "<td>42%</td>" in html
+    assert '<span data-key="/checkpoints/0/bandwidth/share" data-unit="0.01">42%</span>' in html
 
 
 def test_eager_mode_is_named_where_it_was_one(results, checkpoints):
@@ -256,7 +260,7 @@ def test_lengths_rates_and_what_was_not_computed(results, base, quantized):
     assert "w4 &lt;b&gt;: not computed, not all experts" in html
     # Each in flight along the lengths, and each length along those in flight.
     assert "<td>1 in flight</td><td>at all measured</td>" in html
-    assert "<td>0.45</td>" in html
+    assert '/rates/128/0.5/requests_per_s">0.45</span>' in html
 
 
 def test_run_record():

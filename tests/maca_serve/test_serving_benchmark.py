@@ -40,7 +40,8 @@ def test_a_model_is_measured_once_and_its_tables_come_again(
     monkeypatch.setattr(serving, "has_zen_kernels", lambda: False)
     monkeypatch.setattr(serving, "runnable", lambda arms: (arms, {"FP8": "no kernel"}))
     command = ["serving.py", "--models", serving.REAL, "--arms", "BF16", "W8A8"]
-    command += ["--bindings", "0", "auto", "--concurrency", "1,2", "--results", str(tmp_path)]
+    command += ["--bindings", "0", "auto", "--concurrency", "1,2", "--input-len", "32"]
+    command += ["--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     serving.main()
     (file,) = tmp_path.glob("serving-cpu-*.json")
@@ -87,10 +88,12 @@ def test_what_the_doctor_warns_from(tmp_path):
     said = {
         "machine": "2 cores of X",
         "like": ["avx2"],
-        "tokens": "32 in, 32 out",
+        "tokens": "32 or 512 in, 32",
         "source": "benchmarks/results/serving-x.json",
     }
-    assert serving.published(file) == [
-        {"kernel": "K", "model": "8B-shaped", "ratios": {"1": 0.83, "4": 0.5}, **said},
-        {"kernel": "L", "model": "SmolLM2-135M", "ratios": {"1": 0.08, "4": 0.5}, **said},
-    ]
+    first, second = serving.published(file)
+    loads = {"4 in flight at prompts of 32": 0.5, "1 in flight at prompts of 512": 9.0}
+    ratios = {"1 in flight at prompts of 32": 0.83, **loads}
+    assert first == {"kernel": "K", "model": "8B-shaped", "ratios": ratios, **said}
+    ratios = {"1 in flight at prompts of 32": 0.08, **loads}
+    assert second == {"kernel": "L", "model": "SmolLM2-135M", "ratios": ratios, **said}

@@ -7,7 +7,8 @@ import torch
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.verification import reference
 from maca_serve.verification.reference import NoReference, load_reference
-from packed import quantization, weights_config, write_packed
+from maca_serve.verification.rounding import RoundedLinear
+from packed import quantization, weights_config, write_int8, write_packed
 
 
 @pytest.mark.parametrize(
@@ -32,18 +33,38 @@ def rotating(*locations):
     return {"transform_config": {"config_groups": groups}}
 
 
-ACTIVATIONS = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+def rounding(**changes):
+    """A configuration whose activations are rounded as vLLM's kernels differ in."""
+    inputs = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token", **changes}
+    return quantization(weights_config(8), input_activations=inputs)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_verify_rounds_activations_of_w8a8_as_vllm_does(tmp_path, symmetric):
+    stored = write_int8(tmp_path / "w", symmetric=symmetric)
+    model = load_reference(open_checkpoint(tmp_path / "w"))
+    for module, (codes, scale) in stored.items():
+        found = model.get_submodule(module)
+        assert isinstance(found, RoundedLinear) and found.inputs.symmetric is symmetric
+        assert torch.equal(found.weight, codes.float() * scale.float()), module
+    before = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+    exact = model.float()(input_ids=torch.tensor([[1, 2, 3]])).logits
+    assert before.dtype == torch.bfloat16 and exact.dtype == torch.float32
+    assert 0 < (before - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 @pytest.mark.parametrize(
     ("config", "says"),
     [
         ({"quant_method": "gptq", "bits": 4}, "this is gptq"),
+        (rounding(type="float"), "8-bit float, dynamic per token: what they are rounded to hangs"),
+        (rounding(dynamic=False, strategy="tensor"), "8-bit int, static per tensor"),
+        (rounding(num_bits=4), "4-bit int, dynamic per token"),
+        (quantization(weights_config(4), format="nvfp4-pack-quantized"), "this is nvfp4-pack-q"),
         (
-            quantization(weights_config(8), input_activations=ACTIVATIONS),
-            "activations are quantized too",
+            quantization(weights_config(3)) | {"kv_cache_scheme": {"num_bits": 8}},
+            "its KV cache is quantized",
         ),
-        (quantization(weights_config(8), format="int-quantized"), "this is int-quantized"),
         (
             quantization(weights_config(3)) | rotating("weight_input", "input"),
             "rotates activations while it runs",

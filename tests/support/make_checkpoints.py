@@ -3,9 +3,9 @@
     .venv/bin/python tests/support/make_checkpoints.py FOLDER
 
 FOLDER gets ``base`` (the embedded model), ``w4a16``, ``w3-in-4`` (3-bit weights in 4-bit
-containers), and ``reference.json``: the log-probabilities that transformers gives prompt tokens,
-on dequantized weights in bfloat16, and by how much those differ from float32. The two sides share
-no code; they meet in these folders.
+containers), ``w8a8``, and ``reference.json``: the log-probabilities that transformers gives prompt
+tokens, on the first three's dequantized weights in bfloat16, and by how much those differ from
+float32. The two sides share no code; they meet in these folders.
 """
 
 import json
@@ -53,6 +53,7 @@ def main(folder: Path) -> None:
     for name, recipe, container in (
         ("w4a16", "w4a16-g64.maca.yaml", None),
         ("w3-in-4", "w3a16-g64.maca.yaml", 4),
+        ("w8a8", "w8a8.maca.yaml", None),
     ):
         path = ROOT / "recipes" / recipe
         maca_llmc.quantize(folder / name, recipe=path, container=container, overwrite=True, **FEW)

@@ -78,6 +78,26 @@ def write_packed(folder, bits, *, symmetric=True, group=8, shards=1, seed=0):
     return values
 
 
+def write_int8(folder, *, symmetric=True, seed=0):
+    """Write a W8A8 checkpoint with dynamic activations; (codes, scales) by module."""
+    draw = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+    tensors, stored = _plain(draw), {}
+    for layer in range(MODEL["num_hidden_layers"]):
+        for name, size in LINEARS.items():
+            module = f"model.layers.{layer}.{name}"
+            codes = torch.randint(-128, 128, size, generator=draw, dtype=torch.int8)
+            scale = (torch.rand(size[0], 1, generator=draw) / 500).bfloat16()
+            stored[module] = codes, scale
+            tensors |= {f"{module}.weight": codes, f"{module}.weight_scale": scale}
+    _write(folder, tensors, 1)
+    inputs = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token"}
+    form = {"format": "int-quantized", "input_activations": {**inputs, "symmetric": symmetric}}
+    declared = quantization(weights_config(8, group=None), **form)
+    (folder / "config.json").write_text(json.dumps({**MODEL, "quantization_config": declared}))
+    return stored
+
+
 def _linear(draw, bits, size, symmetric, group):
     out, width = size
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)

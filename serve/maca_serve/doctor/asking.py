@@ -9,6 +9,7 @@ from maca_serve.console import err
 from maca_serve.enginelog import find_cause, tail
 from maca_serve.errors import EngineError, UserError
 from maca_serve.machine import require_vllm
+from maca_serve.process import start_group, stop_group
 
 LOG_TAIL = 15
 # vLLM's imports take some 20 s on two cores; a question itself takes seconds.
@@ -27,23 +28,21 @@ def ask(question: dict[str, Any]) -> dict[str, Any]:
     """
     require_vllm()
     command = [sys.executable, "-m", "maca_serve.doctor.worker"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # It forks for every card that is asked about; all of them end with it.
+    process = start_group(command, {}, **pipes)
     try:
         with err.status("asking vLLM for its kernels"):
-            done = subprocess.run(
-                command,
-                input=json.dumps(question),
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE_SECONDS,
-                check=False,
-            )
+            out, errors = process.communicate(json.dumps(question), timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
         raise UserError(
             f"vLLM did not answer within {PATIENCE_SECONDS:.0f} s; is the machine overloaded?"
         ) from None
-    if done.returncode != 0:
-        lines = done.stderr.splitlines()
-        cause = find_cause(lines) or f"exit code {done.returncode}"
+    finally:
+        stop_group(process)
+    if process.returncode != 0:
+        lines = errors.splitlines()
+        cause = find_cause(lines) or f"exit code {process.returncode}"
         raise EngineError(f"vLLM could not be asked: {cause}", tail(lines, LOG_TAIL))
-    answer: dict[str, Any] = json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(out)
     return answer

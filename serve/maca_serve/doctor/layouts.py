@@ -30,6 +30,25 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """How a module's activations are rounded while the model runs.
+
+    Attributes:
+        bits: of a code.
+        kind: `int` or `float`.
+        strategy: which of them share a scale: `token`, `tensor`, `group`, `tensor_group`.
+        symmetric: without a zero point.
+        static: whether the scale is stored.
+    """
+
+    bits: int
+    kind: str
+    strategy: str
+    symmetric: bool
+    static: bool
+
+
+@dataclass(frozen=True)
 class Scheme:
     """How a module is stored.
 
@@ -42,7 +61,7 @@ class Scheme:
         symmetric: without zero points.
         kind: `int` or `float`.
         block: rows and columns that share a scale, of strategy `block`.
-        static_inputs: whether the scale of the activations is stored.
+        inputs: how activations are rounded; None where they stay as they are.
         actorder: order of columns by which it was quantized, as the config says.
     """
 
@@ -53,7 +72,7 @@ class Scheme:
     symmetric: bool = True
     kind: str = "int"
     block: tuple[int, int] | None = None
-    static_inputs: bool = False
+    inputs: Inputs | None = None
     actorder: str | None = None
 
     def groups(self, width: int) -> int:
@@ -80,7 +99,7 @@ def expected(scheme: Scheme, out: int, width: int) -> dict[str, Expected]:
         width: input features.
     """
     tensors: dict[str, Expected] = _LAYOUTS[scheme.format](scheme, out, width)
-    if scheme.static_inputs:
+    if scheme.inputs and scheme.inputs.static:
         tensors["input_scale"] = Expected(FLOATS, ONE)
     return tensors
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from maca_serve.doctor.layouts import Scheme
+from maca_serve.doctor.layouts import Inputs, Scheme
 from maca_serve.errors import UserError
 
 SchemeOf = Callable[[str], Scheme | None]
@@ -31,6 +31,20 @@ def scheme_finder(quantization: dict[str, Any]) -> SchemeOf | None:
             " compare it with what its tool writes"
         ) from error
     return None
+
+
+def inputs_of(group: dict[str, Any]) -> Inputs | None:
+    """How a config group of compressed-tensors rounds activations, None where it does not."""
+    given = group.get("input_activations")
+    if not given:
+        return None
+    return Inputs(
+        bits=int(given["num_bits"]),
+        kind=str(given.get("type", "int")),
+        strategy=str(given.get("strategy") or "tensor"),
+        symmetric=bool(given.get("symmetric", True)),
+        static=given.get("dynamic", False) is False,
+    )
 
 
 def _compressed_tensors(quantization: dict[str, Any]) -> SchemeOf:
@@ -66,7 +80,7 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _from_group(group: dict[str, Any], default_format: str | None) -> Scheme:
-    weights, inputs = group["weights"], group.get("input_activations") or {}
+    weights = group["weights"]
     block = weights.get("block_structure")
     size = weights.get("group_size")
     return Scheme(
@@ -77,7 +91,7 @@ def _from_group(group: dict[str, Any], default_format: str | None) -> Scheme:
         symmetric=bool(weights.get("symmetric", True)),
         kind=str(weights.get("type", "int")),
         block=(block[0], block[1]) if block else None,
-        static_inputs=bool(inputs) and inputs.get("dynamic") is False,
+        inputs=inputs_of(group),
         actorder=weights.get("actorder") or None,
     )
 

@@ -2,7 +2,7 @@
 
 The measurements are `assets/kernel_speeds.json`, which `benchmarks/serving.py --publish` writes
 from its result files: a list of {"kernel", "machine", "like", "model", "tokens", "ratios" of output
-tokens per second by requests in flight, "source"}. `like` is what a machine of this kind has, see
+tokens per second by load in words, "source"}. `like` is what a machine of this kind has, see
 `kind`.
 """
 
@@ -41,18 +41,20 @@ def no_faster(kernel: str, machine: dict[str, Any], layer: str) -> Problem | Non
         if alike and min(found["ratios"].values()) < 1 + MARGIN:
             what = (
                 f"{kernel} was {_in_words(found['ratios'])} (output tokens per second of"
-                f" {found['model']}, {found['tokens']}, on {found['machine']}: {found['source']})"
+                f" {found['model']}, {found['tokens']} out, on {found['machine']}:"
+                f" {found['source']})"
             )
             return Problem("note", what, "measure it here: maca-serve throughput BASE DIR", [layer])
     return None
 
 
 def _in_words(ratios: dict[str, float]) -> str:
-    """`slower than BF16 where it was measured: 0.90x with 1 in flight, 0.66x with 4`."""
+    """`slower than BF16 where it was measured: 0.90x with 1 in flight, 0.54x with 16 in flight`."""
+    best, worst = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
     word = "no faster"
-    if max(ratios.values()) < 1 - MARGIN:
+    if ratios[best] < 1 - MARGIN:
         word = "slower"
-    if max(ratios.values()) >= 1 + MARGIN:
+    if ratios[best] >= 1 + MARGIN:
         word = "not always faster"
-    first, *others = (f"{ratio:.2f}x with {level}" for level, ratio in ratios.items())
-    return f"{word} than BF16 where it was measured: {', '.join([f'{first} in flight', *others])}"
+    ends = [f"{ratios[load]:.2f}x with {load}" for load in dict.fromkeys((best, worst))]
+    return f"{word} than BF16 where it was measured: {', '.join(ends)}"

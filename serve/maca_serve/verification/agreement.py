@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from maca_serve.client import Answer
 from maca_serve.verification.checks import Check, held, not_checked
@@ -22,6 +23,9 @@ MEAN = 2.0
 LARGEST = 4.0
 # A divergence is quadratic in the differences.
 DIVERGENCE = MEAN**2
+# Places whose log-probabilities over the whole vocabulary are held at once: of a vocabulary of
+# 262,144 and 2048 places they would take 4 GiB.
+AT_ONCE = 256
 # Share of places at which near ties may fall otherwise beyond MEAN times bfloat16's own.
 FLIPS = 0.01
 NEARER = "nearer to it than to the base"
@@ -63,18 +67,25 @@ def of_engine(answer: Answer) -> Prediction:
 def of_model(model: Any, prompt: Prompt, answer: Answer) -> Prediction:
     """What a transformers model says where the engine gave that answer."""
     sequence = torch.tensor(prompt + answer.new_tokens)
-    logits = model(input_ids=sequence[None, :-1]).logits[0].float()
-    found = logits.log_softmax(-1).double()
-    own = found.gather(1, sequence[1:, None])[:, 0]
-    best, first = found.max(-1)
+    logits = model(input_ids=sequence[None, :-1]).logits[0]
     places = len(prompt) - 1
     tokens = torch.tensor([list(place) for place in answer.top])
-    return Prediction(
-        own[:places],
-        found[:places].gather(1, tokens),
-        first[:places],
-        (best - own)[places:],
-    )
+    # What only the prompt has is not looked at where new tokens begin.
+    tokens = functional.pad(tokens, (0, 0, 0, len(logits) - places))
+    parts = [
+        _look_up(*part)
+        for part in zip(*(t.split(AT_ONCE) for t in (logits, sequence[1:], tokens)), strict=True)
+    ]
+    own, top, first, behind = map(torch.cat, zip(*parts, strict=True))
+    return Prediction(own[:places], top[:places], first[:places], behind[places:])
+
+
+def _look_up(logits: torch.Tensor, own: torch.Tensor, top: torch.Tensor) -> list[torch.Tensor]:
+    """Log-probabilities of tokens and top tokens, the first choice, how far tokens lie behind."""
+    found = logits.float().log_softmax(-1).double()
+    logprobs = found.gather(1, own[:, None])[:, 0]
+    best, first = found.max(-1)
+    return [logprobs, found.gather(1, top), first, best - logprobs]
 
 
 def of_all(
@@ -155,7 +166,13 @@ def check_agreement(
     found, noise = distance(engine, exact), distance(rounded, exact)
     flips = MEAN * noise.flips + FLIPS
     checks = [
-        _hold("log-probabilities, mean", found.mean, noise.mean, MEAN),
+        _hold(
+            "log-probabilities, mean",
+            found.mean,
+            noise.mean,
+            MEAN,
+            from_bfloat16=distance(engine, rounded).mean,
+        ),
         _hold("log-probabilities, largest", found.largest, noise.largest, LARGEST),
         _hold("KL divergence", found.divergence, noise.divergence, DIVERGENCE),
         held(
@@ -247,7 +264,7 @@ def _check_greedy(exact: list[Prediction], noise: Distance) -> Check:
     )
 
 
-def _hold(name: str, found: float, noise: float, factor: float) -> Check:
+def _hold(name: str, found: float, noise: float, factor: float, **numbers: float) -> Check:
     ratio = found / noise if noise > 0 else math.inf if found > 0 else 0.0
     return held(
         name,
@@ -258,4 +275,5 @@ def _hold(name: str, found: float, noise: float, factor: float) -> Check:
         bfloat16=noise,
         ratio=ratio,
         factor=factor,
+        **numbers,
     )

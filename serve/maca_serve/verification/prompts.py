@@ -6,7 +6,7 @@ from maca_serve.errors import UserError
 from maca_serve.windows import cut_spans, window_input
 
 # Tokens of a prompt: how many there are. Many short ones, for their means to say something.
-COUNTS = {32: 8, 128: 4, 512: 2}
+COUNTS = {32: 8, 128: 4, 512: 2, 2048: 1}
 NEW_TOKENS = 16
 
 Prompt = list[int]

@@ -1,37 +1,59 @@
 """The checkpoint in transformers on this machine's CPU, its weights dequantized by our own code.
 
 Nothing is left to the compressed-tensors of this environment: it reads 3 bits wrongly (see
-`maca_serve.packing`).
+`maca_serve.packing`), and rounds activations otherwise than vLLM (see `rounding`).
 """
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from maca_serve.checkpoint import Checkpoint
-from maca_serve.dequantization import PACKED, dequantize
+from maca_serve.dequantization import PACKED, PLAIN, dequantize
 from maca_serve.doctor.checks import check
 from maca_serve.doctor.headers import Tensor, read_headers
-from maca_serve.doctor.schemes import scheme_finder
+from maca_serve.doctor.layouts import Inputs
+from maca_serve.doctor.schemes import inputs_of, scheme_finder
 from maca_serve.machine import available_memory
+from maca_serve.verification.rounding import RoundedLinear, can_round
 
 GIB = 1024**3
 # Of a parameter: bfloat16 twice while it is loaded, then float32 beside it.
 BYTES = 8
 
 
+# Tensors of a quantized module that the unquantized one does not have.
+CODES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+
+
 class NoReference(Exception):  # noqa: N818  (an outcome, which the table of checks shows)
     """Why transformers cannot say what this checkpoint computes."""
+
+
+@dataclass
+class Weights:
+    """Weights of a checkpoint by the names of the unquantized model.
+
+    Attributes:
+        plain: all of them.
+        rounded: those of modules whose activations are rounded, in float32, and how, by module.
+    """
+
+    plain: dict[str, torch.Tensor] = field(default_factory=dict)
+    rounded: dict[str, tuple[torch.Tensor, Inputs]] = field(default_factory=dict)
 
 
 def load_reference(checkpoint: Checkpoint) -> Any:
     """The model in bfloat16, ready to be asked.
 
     Args:
-        checkpoint: weight-only pack-quantized, or not quantized.
+        checkpoint: not quantized, or in a format of `maca_serve.dequantization`, its activations
+            as they are or rounded in a way of `rounding.can_round`.
 
     Raises:
         NoReference: another format, too little memory, or a model that transformers cannot load.
@@ -44,18 +66,20 @@ def load_reference(checkpoint: Checkpoint) -> Any:
     _check_memory(headers, sizes)
     weights = read_weights(headers, quantization, sizes)
     try:
-        return _load(checkpoint.path, weights)
+        model = _load(checkpoint.path, weights.plain)
+        _round_inputs(model, weights.rounded)
     except Exception as error:  # whatever it stumbles over is the reason
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise NoReference(f"transformers cannot load it: {first}") from error
+    return model
 
 
 def read_weights(
     headers: dict[str, Tensor],
     quantization: dict[str, Any],
     sizes: dict[str, tuple[int, int]],
-) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint by the names of the unquantized model.
+) -> Weights:
+    """All weights of a checkpoint.
 
     Args:
         headers: of its files.
@@ -63,25 +87,36 @@ def read_weights(
         sizes: (output features, input features) of modules that hold codes.
     """
     find = scheme_finder(quantization) if quantization else None
+    weights = Weights()
+    for module, parts in _read(headers).items():
+        if "weight_scale" in parts:
+            scheme = find(module) if find else None
+            if scheme is None:
+                raise NoReference(f"{module} holds codes and quantization_config does not say how")
+            if scheme.inputs:
+                # Kernels of rounded inputs multiply codes, and scale the sums in float32.
+                parts["weight_scale"] = parts["weight_scale"].float()
+            parts["weight"] = dequantize(parts, scheme, sizes[module])
+            if scheme.inputs:
+                weights.rounded[module] = parts["weight"], scheme.inputs
+                parts["weight"] = parts["weight"].bfloat16()
+        weights.plain |= {
+            f"{module}.{suffix}" if module else suffix: tensor
+            for suffix, tensor in parts.items()
+            if suffix not in CODES
+        }
+    return weights
+
+
+def _read(headers: dict[str, Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors, by module and suffix."""
     modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for file in sorted({tensor.file for tensor in headers.values()}):
         with safe_open(file, framework="pt") as source:
             for name in source.keys():  # noqa: SIM118  (not a dictionary)
                 module, _, suffix = name.rpartition(".")
                 modules[module][suffix] = source.get_tensor(name)
-    weights: dict[str, torch.Tensor] = {}
-    for module, parts in modules.items():
-        if "weight_packed" in parts:
-            scheme = find(module) if find else None
-            if scheme is None:
-                raise NoReference(f"{module} holds codes and quantization_config does not say how")
-            parts["weight"] = dequantize(parts, scheme, sizes[module])
-        weights |= {
-            f"{module}.{suffix}" if module else suffix: tensor
-            for suffix, tensor in parts.items()
-            if not (suffix.startswith("weight_") and "weight_packed" in parts)
-        }
-    return weights
+    return modules
 
 
 def _check_format(quantization: dict[str, Any]) -> None:
@@ -91,11 +126,17 @@ def _check_format(quantization: dict[str, Any]) -> None:
     if method != "compressed-tensors":
         raise NoReference(f"only compressed-tensors is dequantized here, and this is {method}")
     for group in (quantization.get("config_groups") or {}).values():
-        if group.get("input_activations"):
-            raise NoReference("its activations are quantized too, and the reference's are not")
+        inputs = inputs_of(group)
+        if inputs and not can_round(inputs):
+            how = f"{inputs.bits}-bit {inputs.kind}, {'static' if inputs.static else 'dynamic'}"
+            why = "what they are rounded to hangs on the kernel"
+            raise NoReference(f"activations are {how} per {inputs.strategy}: {why}")
         stored = group.get("format") or quantization.get("format")
-        if stored != PACKED:
-            raise NoReference(f"only {PACKED} is dequantized here, and this is {stored}")
+        if stored not in (PACKED, *PLAIN):
+            known = ", ".join((PACKED, *PLAIN))
+            raise NoReference(f"only {known} are dequantized here, and this is {stored}")
+    if quantization.get("kv_cache_scheme"):
+        raise NoReference("its KV cache is quantized, and the reference's is not")
     # what is merged into weights (weight_input, weight_output) is in the checkpoint already
     rotations = (quantization.get("transform_config") or {}).get("config_groups") or {}
     parts = [part for group in rotations.values() for part in group.get("apply", ())]
@@ -134,3 +175,12 @@ def _load(folder: Path, weights: dict[str, torch.Tensor]) -> Any:
     if loading["missing_keys"]:
         raise ValueError(f"no weight for {sorted(loading['missing_keys'])[0]}")
     return model.eval()
+
+
+def _round_inputs(model: Any, rounded: dict[str, tuple[torch.Tensor, Inputs]]) -> None:
+    """Put layers that round their inputs where the checkpoint says that they are rounded."""
+    for name, (weight, inputs) in rounded.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(f"{name} is no Linear there but {type(layer).__name__}")
+        model.set_submodule(name, RoundedLinear(weight, layer.bias, inputs))

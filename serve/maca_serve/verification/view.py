@@ -25,9 +25,11 @@ def check_table(result: dict[str, Any]) -> Table:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One line: how many checks passed, failed, and were not made."""
+    """One line: how many checks passed, failed, and were not made; answers held to nothing."""
     counts = dict.fromkeys(_STYLES, 0)
     for check in result["checks"]:
         counts[check["status"]] += 1
     made = f"{counts[PASS]} passed, {counts[FAIL]} failed, {counts[NOT_CHECKED]} not checked"
-    return f"{result['name']}: {made}"
+    reasons = [check["found"] for check in result["checks"] if check["name"] == "agreement"]
+    unproven = f"; its answers were compared with nothing: {reasons[0]}" if reasons else ""
+    return f"{result['name']}: {made}{unproven}"
