@@ -7,6 +7,10 @@ from maca_serve.packing import unpack, unpack_columns
 
 PACKED = "pack-quantized"
 PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
+GPTQ, AWQ = "gptq", "awq"
+FORMATS = (PACKED, *PLAIN, GPTQ, AWQ)
+# AutoAWQ's words hold outputs 0, 2, 4, 6, 1, 3, 5, 7: where each of eight is found.
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def dequantize(
@@ -15,10 +19,8 @@ def dequantize(
     """(code - zero point) * scale, computed in the dtype of the scales as vLLM and transformers do.
 
     Args:
-        tensors: by suffix: codes in `weight_packed`, or one by one in `weight`; `weight_scale`, and
-            where the module has them `weight_zero_point` and `weight_g_idx` (the group of each
-            input feature).
-        scheme: how it is stored, in PACKED or one of PLAIN.
+        tensors: by suffix, as `maca_serve.doctor.layouts` says of the format.
+        scheme: how it is stored, in one of FORMATS.
         size: (output features, input features).
 
     Returns:
@@ -27,13 +29,7 @@ def dequantize(
     Raises:
         ValueError: tensors that do not fit the size.
     """
-    scale, zero_points = tensors["weight_scale"], tensors.get("weight_zero_point")
-    if "weight_packed" in tensors:
-        codes = unpack(tensors["weight_packed"], scheme.bits, size[1])
-        if zero_points is not None:
-            zero_points = unpack_columns(zero_points, scheme.bits, size[0])
-    else:
-        codes = tensors["weight"]
+    codes, scale, zero_points = _parts(tensors, scheme, size)
     weight = codes.to(scale.dtype)
     columns = _groups(tensors, scheme, size[1])
     if not scheme.symmetric and zero_points is not None:
@@ -42,9 +38,41 @@ def dequantize(
     return weight
 
 
+def _parts(
+    tensors: dict[str, torch.Tensor], scheme: Scheme, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, out x in; scales and zero points by output and group."""
+    out, width = size
+    if scheme.format == GPTQ:
+        codes = unpack_columns(tensors["qweight"], scheme.bits, width).T
+        zero_points = unpack(tensors["qzeros"], scheme.bits, out).T.short() + scheme.zero_offset
+        return codes, tensors["scales"].T, zero_points
+    if scheme.format == AWQ:
+        zeros = tensors.get("qzeros")
+        return (
+            _unpack_awq(tensors["qweight"], scheme.bits, out).T,
+            tensors["scales"].T,
+            None if zeros is None else _unpack_awq(zeros, scheme.bits, out).T,
+        )
+    scale, zeros = tensors["weight_scale"], tensors.get("weight_zero_point")
+    if scheme.format != PACKED:
+        return tensors["weight"], scale, zeros
+    codes = unpack(tensors["weight_packed"], scheme.bits, width)
+    return codes, scale, None if zeros is None else unpack_columns(zeros, scheme.bits, out)
+
+
+def _unpack_awq(words: torch.Tensor, bits: int, out: int) -> torch.Tensor:
+    codes = unpack(words, bits, out)
+    return codes.unflatten(1, (-1, len(AWQ_PLACES)))[..., AWQ_PLACES].flatten(1)
+
+
 def _groups(tensors: dict[str, torch.Tensor], scheme: Scheme, width: int) -> torch.Tensor:
+    """The group of each input feature."""
     if "weight_g_idx" in tensors:
         return tensors["weight_g_idx"].long()
+    # AutoGPTQ stores one always, and vLLM goes by the config.
+    if scheme.actorder and "g_idx" in tensors:
+        return tensors["g_idx"].long()
     return torch.arange(width) // (scheme.group_size or width)
 
 

@@ -42,6 +42,65 @@ def test_codes_that_are_stored_one_by_one(scheme, shape, place, zero_points):
             assert found[i, j] == code * scale[place(i, j)]
 
 
+def unsigned(rows, count, bits, seed):
+    """Random codes as GPTQ and AWQ mean them, from 0 on."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2**bits, (rows, count), generator=draw)
+
+
+def packed_rows(codes, bits):
+    """Words of each row, the first code in the lowest bits."""
+    return pack(codes - 2 ** (bits - 1), bits)
+
+
+@pytest.mark.parametrize(("bits", "offset"), [(4, 1), (4, 0), (3, 1), (8, 1), (2, 0)])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gptq_packs_inputs_and_stores_zero_points_less_one(bits, offset, ordered, symmetric):
+    out, width, group = 32, 64, 16
+    codes, zeros = unsigned(out, width, bits, 0), unsigned(out, width // group, bits, 1)
+    scales = torch.rand(width // group, out, dtype=torch.float64) + 0.5
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(2)) // group
+    tensors = {
+        "qweight": packed_rows(codes, bits).T.contiguous(),
+        "qzeros": packed_rows(zeros.T, bits),
+        "scales": scales,
+        "g_idx": order.int(),
+    }
+    actorder = "group" if ordered else None
+    scheme = Scheme("gptq", bits, group, symmetric=symmetric, actorder=actorder, zero_offset=offset)
+    found = dequantize(tensors, scheme, (out, width))
+    for i in range(out):
+        for j in range(width):
+            g = int(order[j]) if ordered else j // group
+            zero = 2 ** (bits - 1) if symmetric else int(zeros[i, g]) + offset
+            assert found[i, j] == (int(codes[i, j]) - zero) * scales[g, i]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_awq_packs_eight_outputs_out_of_order(symmetric):
+    out, width, group = 16, 8, 4
+    codes, zeros = unsigned(width, out, 4, 0), unsigned(width // group, out, 4, 1)
+    scales = torch.rand(width // group, out, dtype=torch.float64) + 0.5
+
+    def words(rows):
+        """AutoAWQ's loop: nibble i of a word holds output ORDER[i] of its eight."""
+        found = torch.zeros(len(rows), out // 8, dtype=torch.int64)
+        for word in range(out // 8):
+            for i, place in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                found[:, word] |= rows[:, 8 * word + place] << 4 * i
+        return torch.where(found < 2**31, found, found - 2**32).int()
+
+    tensors = {"qweight": words(codes), "qzeros": words(zeros), "scales": scales}
+    if symmetric:
+        del tensors["qzeros"]
+    found = dequantize(tensors, Scheme("awq", 4, group, symmetric=symmetric), (out, width))
+    for i in range(out):
+        for j in range(width):
+            zero = 8 if symmetric else int(zeros[j // group, i])
+            assert found[i, j] == (int(codes[j, i]) - zero) * scales[j // group, i]
+
+
 def test_codes_of_eight_bit_floats():
     codes = torch.tensor([[0.5, -448.0], [1.125, 0.0]]).to(torch.float8_e4m3fn)
     scale = torch.tensor([[2.0], [-4.0]], dtype=torch.bfloat16)

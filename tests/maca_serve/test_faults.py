@@ -117,7 +117,7 @@ def test_compare_stopped_in_each_phase(
 # What they call stands still: the doctor's own child, and the copies of memory.
 NO_DOCTOR = "import maca_serve.verification.verifying as v; v._diagnose = lambda *_: []; "
 DOCTOR = """
-import subprocess, sys
+import sys
 from maca_serve.doctor import asking
 start = asking.start_group
 child = "import os, pathlib, tempfile, time; os.fork(); \\

@@ -62,7 +62,7 @@ def checkpoint(tmp_path, tokenizer_files, fake_vllm, monkeypatch):
     for file in tokenizer_files.iterdir():
         (tmp_path / "w3" / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(verifying, "diagnose", lambda folder, tensor_parallel: {"layers": LAYERS})
-    monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: FakeModel())
+    monkeypatch.setattr(verifying, "load_reference", lambda *_: FakeModel())
     return tmp_path / "w3"
 
 
@@ -121,7 +121,7 @@ def test_verify_refuses_ranks_that_do_not_divide(checkpoint):
 
 
 def test_verify_fails_an_engine_that_computes_something_else(checkpoint, monkeypatch):
-    monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: FakeModel(shift=0.5))
+    monkeypatch.setattr(verifying, "load_reference", lambda *_: FakeModel(shift=0.5))
     result = verify(checkpoint)
     assert not result["passed"]
     assert outcome(result)["log-probabilities, mean"] == "fail"
@@ -161,12 +161,12 @@ def test_verify_fails_broken_numbers_of_the_engine(checkpoint, fake_vllm, fault)
 
 
 def test_verify_fails_broken_numbers_of_the_checkpoint(checkpoint, monkeypatch):
-    monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: FakeModel(shift=math.nan))
+    monkeypatch.setattr(verifying, "load_reference", lambda *_: FakeModel(shift=math.nan))
     assert outcome(verify(checkpoint))["finite reference"] == "fail"
 
 
 def test_verify_says_what_was_not_checked(checkpoint, monkeypatch):
-    def none(checkpoint):
+    def none(checkpoint, dtype):
         raise NoReference("its activations are quantized too")
 
     monkeypatch.setattr(verifying, "load_reference", none)
@@ -185,7 +185,7 @@ def test_verify_with_a_base(checkpoint, monkeypatch, make_checkpoint):
     shape = {key: MODEL[key] for key in KEPT_KEYS}
     base = make_checkpoint("base", quantized=False, **shape)
     models = {"w3": FakeModel, "base": lambda: FakeModel(shift=1.0)}
-    monkeypatch.setattr(verifying, "load_reference", lambda checkpoint: models[checkpoint.name]())
+    monkeypatch.setattr(verifying, "load_reference", lambda found, dtype: models[found.name]())
     result = verify(checkpoint, base=base)
     assert outcome(result)["nearer to it than to the base"] == "pass"
     other = make_checkpoint("other", quantized=False, **{**shape, "vocab_size": 7})

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from maca_serve.checkpoint import open_checkpoint
+from maca_serve.packing import unpack
 from maca_serve.verification import reference
 from maca_serve.verification.reference import NoReference, load_reference
 from maca_serve.verification.rounding import RoundedLinear
 from packed import quantization, weights_config, write_int8, write_packed
+from safetensors.torch import load_file, save_file
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,23 @@ def test_verify_reads_every_weight_bit_for_bit(tmp_path, bits, options):
         assert torch.equal(found.view(torch.int16), value.view(torch.int16)), module
     logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
     assert logits.shape == (1, 3, 202) and torch.isfinite(logits).all()
+
+
+def test_scales_are_rounded_to_what_the_engine_computes_in(tmp_path):
+    write_packed(tmp_path / "w", 4)
+    file = tmp_path / "w" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    tensors[name] = torch.full_like(tensors[name], 0.01, dtype=torch.float16)
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        model = load_reference(open_checkpoint(tmp_path / "w"), dtype)
+        found[dtype] = model.get_submodule("model.layers.1.mlp.up_proj").weight
+    codes = unpack(tensors[name.replace("scale", "packed")], 4, 80)
+    in_bfloat16 = codes.bfloat16() * torch.tensor(0.01).bfloat16()
+    assert torch.equal(found[torch.bfloat16], in_bfloat16)
+    assert not torch.equal(found[torch.float16], in_bfloat16)
 
 
 def rotating(*locations):
@@ -56,11 +75,18 @@ def test_verify_rounds_activations_of_w8a8_as_vllm_does(tmp_path, symmetric):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "this is gptq"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes is not dequantized here"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {}},
+            "holds codes and quantization_config does not say how",
+        ),
         (rounding(type="float"), "8-bit float, dynamic per token: what they are rounded to hangs"),
         (rounding(dynamic=False, strategy="tensor"), "8-bit int, static per tensor"),
         (rounding(num_bits=4), "4-bit int, dynamic per token"),
-        (quantization(weights_config(4), format="nvfp4-pack-quantized"), "this is nvfp4-pack-q"),
+        (
+            quantization(weights_config(4), format="nvfp4-pack-quantized"),
+            "nvfp4-pack-quantized is not deq",
+        ),
         (
             quantization(weights_config(3)) | {"kv_cache_scheme": {"num_bits": 8}},
             "its KV cache is quantized",

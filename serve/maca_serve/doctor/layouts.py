@@ -63,6 +63,7 @@ class Scheme:
         block: rows and columns that share a scale, of strategy `block`.
         inputs: how activations are rounded; None where they stay as they are.
         actorder: order of columns by which it was quantized, as the config says.
+        zero_offset: what is to be added to stored zero points; AutoGPTQ stores one less.
     """
 
     format: str
@@ -74,6 +75,7 @@ class Scheme:
     block: tuple[int, int] | None = None
     inputs: Inputs | None = None
     actorder: str | None = None
+    zero_offset: int = 0
 
     def groups(self, width: int) -> int:
         """Scales per row of a module with so many input features."""

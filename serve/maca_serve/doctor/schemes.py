@@ -153,6 +153,7 @@ def _from_values(method: str, values: dict[str, Any]) -> Scheme:
         strategy="group" if size > 0 else "channel",
         symmetric=not asymmetric,
         actorder="group" if values.get("desc_act") else None,
+        zero_offset=0 if awq or values.get("checkpoint_format") == "gptq_v2" else 1,
     )
 
 

@@ -5,6 +5,7 @@ Nothing is left to the compressed-tensors of this environment: it reads 3 bits w
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from safetensors import safe_open
 from torch import nn
 
 from maca_serve.checkpoint import Checkpoint
-from maca_serve.dequantization import PACKED, PLAIN, dequantize
+from maca_serve.dequantization import FORMATS, dequantize
 from maca_serve.doctor.checks import check
 from maca_serve.doctor.headers import Tensor, read_headers
-from maca_serve.doctor.layouts import Inputs
-from maca_serve.doctor.schemes import inputs_of, scheme_finder
+from maca_serve.doctor.layouts import Inputs, Scheme
+from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.machine import available_memory
 from maca_serve.verification.rounding import RoundedLinear, can_round
 
@@ -28,7 +29,10 @@ BYTES = 8
 
 
 # Tensors of a quantized module that the unquantized one does not have.
-CODES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+CODES = (
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+    *("qweight", "scales", "qzeros", "g_idx"),
+)
 
 
 class NoReference(Exception):  # noqa: N818  (an outcome, which the table of checks shows)
@@ -48,12 +52,14 @@ class Weights:
     rounded: dict[str, tuple[torch.Tensor, Inputs]] = field(default_factory=dict)
 
 
-def load_reference(checkpoint: Checkpoint) -> Any:
+def load_reference(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The model in bfloat16, ready to be asked.
 
     Args:
         checkpoint: not quantized, or in a format of `maca_serve.dequantization`, its activations
             as they are or rounded in a way of `rounding.can_round`.
+        dtype: what the engine computes in, to which it rounds the scales of weights when it loads
+            them; tools of GPTQ, AWQ and AutoRound store them in float16.
 
     Raises:
         NoReference: another format, too little memory, or a model that transformers cannot load.
@@ -62,9 +68,11 @@ def load_reference(checkpoint: Checkpoint) -> Any:
     quantization = checkpoint.config.get("quantization_config") or {}
     _check_format(quantization)
     headers = read_headers(checkpoint.path)
-    sizes = check(headers, quantization).sizes if quantization else {}
+    contents = check(headers, quantization)
+    schemes = _schemes(quantization, contents.quantized)
+    sizes = {module: contents.sizes[module] for module in schemes}
     _check_memory(headers, sizes)
-    weights = read_weights(headers, quantization, sizes)
+    weights = read_weights(headers, schemes, sizes, dtype)
     try:
         model = _load(checkpoint.path, weights.plain)
         _round_inputs(model, weights.rounded)
@@ -76,26 +84,25 @@ def load_reference(checkpoint: Checkpoint) -> Any:
 
 def read_weights(
     headers: dict[str, Tensor],
-    quantization: dict[str, Any],
+    schemes: dict[str, Scheme],
     sizes: dict[str, tuple[int, int]],
+    dtype: torch.dtype,
 ) -> Weights:
     """All weights of a checkpoint.
 
     Args:
         headers: of its files.
-        quantization: its `quantization_config`; empty where it has none.
-        sizes: (output features, input features) of modules that hold codes.
+        schemes: of modules that hold codes.
+        sizes: (output features, input features) of the same.
+        dtype: of scales, see `load_reference`.
     """
-    find = scheme_finder(quantization) if quantization else None
     weights = Weights()
     for module, parts in _read(headers).items():
-        if "weight_scale" in parts:
-            scheme = find(module) if find else None
-            if scheme is None:
-                raise NoReference(f"{module} holds codes and quantization_config does not say how")
-            if scheme.inputs:
-                # Kernels of rounded inputs multiply codes, and scale the sums in float32.
-                parts["weight_scale"] = parts["weight_scale"].float()
+        if module in schemes:
+            scheme = schemes[module]
+            scale = "scales" if "scales" in parts else "weight_scale"
+            # Kernels of rounded inputs multiply codes, and scale the sums in float32.
+            parts[scale] = parts[scale].to(torch.float32 if scheme.inputs else dtype)
             parts["weight"] = dequantize(parts, scheme, sizes[module])
             if scheme.inputs:
                 weights.rounded[module] = parts["weight"], scheme.inputs
@@ -119,22 +126,28 @@ def _read(headers: dict[str, Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     return modules
 
 
-def _check_format(quantization: dict[str, Any]) -> None:
-    if not quantization:
-        return
-    method = quantization.get("quant_method")
-    if method != "compressed-tensors":
-        raise NoReference(f"only compressed-tensors is dequantized here, and this is {method}")
-    for group in (quantization.get("config_groups") or {}).values():
-        inputs = inputs_of(group)
+def _schemes(quantization: dict[str, Any], modules: Iterable[str]) -> dict[str, Scheme]:
+    """How modules with codes are stored, where that can be dequantized."""
+    find = scheme_finder(quantization)
+    found = {}
+    for module in modules:
+        scheme = find(module) if find else None
+        if scheme is None:
+            raise NoReference(f"{module} holds codes and quantization_config does not say how")
+        inputs = scheme.inputs
         if inputs and not can_round(inputs):
             how = f"{inputs.bits}-bit {inputs.kind}, {'static' if inputs.static else 'dynamic'}"
             why = "what they are rounded to hangs on the kernel"
             raise NoReference(f"activations are {how} per {inputs.strategy}: {why}")
-        stored = group.get("format") or quantization.get("format")
-        if stored not in (PACKED, *PLAIN):
-            known = ", ".join((PACKED, *PLAIN))
-            raise NoReference(f"only {known} are dequantized here, and this is {stored}")
+        if scheme.format not in FORMATS:
+            raise NoReference(f"{scheme.format} is not dequantized here, only {', '.join(FORMATS)}")
+        found[module] = scheme
+    return found
+
+
+def _check_format(quantization: dict[str, Any]) -> None:
+    if quantization and scheme_finder(quantization) is None:
+        raise NoReference(f"{quantization.get('quant_method')} is not dequantized here")
     if quantization.get("kv_cache_scheme"):
         raise NoReference("its KV cache is quantized, and the reference's is not")
     # what is merged into weights (weight_input, weight_output) is in the checkpoint already

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maca_serve.checkpoint import Checkpoint, open_checkpoint, require_same_model
 from maca_serve.console import progress
 from maca_serve.doctor import diagnose
 from maca_serve.doctor.headers import read_headers
 from maca_serve.engine import Engine
+from maca_serve.enginelog import find_dtype
 from maca_serve.errors import BrokenAnswerError
 from maca_serve.fit import fit
 from maca_serve.machine import describe_machine, require_vllm, versions
@@ -65,7 +68,8 @@ def verify(
     if run.answers is None:
         checks += [Check("finite", FAIL, run.broken), not_checked("agreement", run.broken)]
     else:
-        checks += _check_answers(checkpoint, unquantized, prompts, run.answers)
+        dtype = getattr(torch, find_dtype(run.log) or "bfloat16")
+        checks += _check_answers(checkpoint, unquantized, prompts, run.answers, dtype)
     return {
         "name": checkpoint.name,
         "path": str(checkpoint.path),
@@ -124,14 +128,18 @@ def _run_engine(checkpoint: Checkpoint, version: str, prompts: list[Prompt], ran
 
 
 def _check_answers(
-    checkpoint: Checkpoint, base: Checkpoint | None, prompts: list[Prompt], answers: Answers
+    checkpoint: Checkpoint,
+    base: Checkpoint | None,
+    prompts: list[Prompt],
+    answers: Answers,
+    dtype: torch.dtype,
 ) -> list[Check]:
     places = sum(len(prompt) - 1 for prompt in prompts)
     # The client refuses any other answer.
     checks = [held("finite", True, f"{2 * places} log-probabilities of the engine", "all")]
     engine = [agreement.of_engine(answer) for answer in answers.together]
     try:
-        rounded, exact = _predict(checkpoint, prompts, answers)
+        rounded, exact = _predict(checkpoint, prompts, answers, dtype)
     except NoReference as reason:
         why = f"no reference: {reason}"
         return [*checks, not_checked("agreement", why), not_checked("alone and in a batch", why)]
@@ -147,14 +155,14 @@ def _check_answers(
 
 
 def _predict(
-    checkpoint: Checkpoint, prompts: list[Prompt], answers: Answers
+    checkpoint: Checkpoint, prompts: list[Prompt], answers: Answers, dtype: torch.dtype
 ) -> tuple[list[agreement.Prediction], list[agreement.Prediction]]:
     """What the dequantized checkpoint says in bfloat16, and in float32."""
     with progress() as bar:
         task = bar.add_task(
             f"reference of {checkpoint.name}", total=2 * sum(map(len, prompts)), note="loading"
         )
-        model = load_reference(checkpoint)
+        model = load_reference(checkpoint, dtype)
         bar.update(task, note="bfloat16")
         rounded = agreement.of_all(model, prompts, answers.together, lambda n: bar.advance(task, n))
         model.float()
@@ -172,7 +180,7 @@ def _check_base(
     noise: agreement.Distance,
 ) -> Check:
     try:
-        _, unquantized = _predict(base, prompts, answers)
+        _, unquantized = _predict(base, prompts, answers, torch.bfloat16)
     except NoReference as reason:
         return not_checked(agreement.NEARER, f"no reference of {base.path}: {reason}")
     return agreement.check_base(engine, exact, unquantized, noise)
