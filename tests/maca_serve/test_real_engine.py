@@ -72,7 +72,7 @@ def test_a_prompt_alone_and_among_others_scores_alike_and_nothing_is_left(checkp
 @pytest.mark.parametrize(
     ("victim", "phase", "says"),
     [
-        ("VLLM::EngineCor", "scoring", "engine core exited unexpectedly and named no error"),
+        ("VLLM::EngineCore", "scoring", "engine core exited unexpectedly and named no error"),
         ("VLLM::Worker", "timing", r"Worker proc \S+ died unexpectedly"),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_process_of_the_engine_that_is_killed_is_the_cause(
 
     def kill_and_call(*arguments, **named):
         everybody.extend(psutil.Process().children(recursive=True))
-        (process,) = (process for process in everybody if process.name() == victim)
+        (process,) = (each for each in everybody if each.name().startswith(victim))
         process.kill()
         return call(*arguments, **named)
 
