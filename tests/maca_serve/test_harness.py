@@ -2,6 +2,7 @@ import json
 from importlib.util import find_spec
 
 import pytest
+from lm_eval_tasks import CHOICE, GENERATE, write_task
 from maca_serve import harness
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.engine import Engine
@@ -74,29 +75,6 @@ def test_names_and_data():
     assert "longbench" in manager.all_groups
 
 
-YAML = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: {metric}
-    aggregation: mean
-    higher_is_better: true
-"""
-CHOICE = """
-output_type: multiple_choice
-doc_to_choice: "{{choices}}"
-"""
-GENERATE = """
-output_type: generate_until
-generation_kwargs: {temperature: 1, do_sample: false, max_gen_toks: 5, until: []}
-"""
-
-
 @pytest.fixture
 def manager(tmp_path):
     """lm-eval's manager of two tasks: multiple choice, and LongBench-style generation."""
@@ -115,11 +93,10 @@ def manager(tmp_path):
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    (tasks / "a.yaml").write_text(YAML.format(name="choice", data=data, metric="acc") + CHOICE)
-    (tasks / "b.yaml").write_text(
-        YAML.format(name="long", data=long, metric="exact_match") + GENERATE
-    )
-    (tasks / "c.yaml").write_text("group: both\ntask: [choice, long]\n")
+    bare = {"doc_to_text": "{{question}}"}
+    write_task(tasks, "choice", data, "acc", CHOICE | bare)
+    write_task(tasks, "long", long, "exact_match", GENERATE)
+    (tasks / "both.yaml").write_text("group: both\ntask: [choice, long]\n")
     return TaskManager(include_path=str(tasks), include_defaults=False)
 
 

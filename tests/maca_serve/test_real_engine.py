@@ -2,12 +2,14 @@
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from maca_serve import UserError, accuracy, compare, throughput, up
+from lm_eval_tasks import CHOICE, write_task
+from maca_serve import UserError, accuracy, compare, harness, throughput, up
 from maca_serve.bench import Benchmark
 from maca_serve.client import Client
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -22,19 +24,56 @@ pytestmark = [
 ]
 
 
+QUESTIONS = """\
+The capital of France is: Paris, Berlin
+The opposite of hot is: blue, cold
+A dog is an: animal, idea
+Ice is frozen: fire, water
+Seven days are one: week, mile
+Fish live in: trees, water
+Grass is: green, loud
+The heart pumps: sand, blood
+Bees make: honey, steel
+Milk comes from: stones, cows
+"""
+
+
 @pytest.fixture
 def checkpoints() -> tuple[Path, Path]:
     return Path(FOLDER, "base"), Path(FOLDER, "w4a16")
 
 
-def test_compare(checkpoints, tmp_path):
+@pytest.fixture
+def questions(tmp_path, monkeypatch) -> list[str]:
+    """The same questions as a file and as a task of lm-eval; every third answer is wrong."""
+    data = tmp_path / "questions.jsonl"
+    with data.open("w") as file:
+        for i, line in enumerate(QUESTIONS.splitlines()):
+            question, _, choices = line.partition(": ")
+            row = {"question": question, "choices": choices.split(", ")}
+            row["answer"] = (i + (i % 3 == 2)) % 2
+            file.write(json.dumps(row) + "\n")
+    if find_spec("lm_eval") is None:
+        return [str(data)]
+    from lm_eval.tasks import TaskManager
+
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    write_task(tasks, "theirs", data, "acc", CHOICE)
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    monkeypatch.setattr(harness, "_task_manager", lambda: manager)
+    return [str(data), "theirs"]
+
+
+def test_compare(checkpoints, questions, tmp_path):
     base, quantized = checkpoints
     results = compare(
         base,
         [quantized],
         lengths=[64, 128],
         windows=4,
-        limit=8,
+        tasks=["continuation", *questions],
+        limit=10,
         concurrency=[1],
         prompts=2,
         output_len=8,
@@ -46,6 +85,9 @@ def test_compare(checkpoints, tmp_path):
     assert second["throughput"]["128"]["1"]["requests"] == 4
     assert 30 < second["recovery"]["perplexity"]["mean"] < 130
     assert first["perplexity"]["128"]["ppl"] < first["perplexity"]["64"]["ppl"]
+    own, *theirs = (second["tasks"][Path(name).stem]["scores"] for name in questions)
+    assert 5 <= sum(own) <= 9
+    assert all(scores == own for scores in theirs)
     assert results["checkpoints"][0]["size_bytes"] > second["size_bytes"]
     assert "<svg" in (tmp_path / "report.html").read_text()
 
