@@ -15,14 +15,24 @@ import psutil
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TERM_SECONDS = 20.0
 KILL_SECONDS = 10.0
-# Those that run: an interrupt may come between a start and the `with` that would stop it.
-_running: set[subprocess.Popen[str]] = set()
+# Outlives us if we are killed, and then stops the group; a line on its input sends it away.
+GUARD = """
+read -r _ && exit
+kill -s TERM "$1"
+for _ in $(seq "$2"); do kill -s 0 "$1" || break; sleep 1; done
+kill -s KILL -- "-$1"
+"""
+# Those that run, and their guards: an interrupt may come between a start and the `with` that would
+# stop it.
+_running: dict[subprocess.Popen[str], subprocess.Popen[str]] = {}
 
 
 def start_group(
     command: list[str], environment: dict[str, str], **streams: int | IO[Any]
 ) -> subprocess.Popen[str]:
     """Start a command as leader of its own session, so that all it starts can be stopped with it.
+
+    It is stopped as well when this process ends without a chance to do so, as by SIGKILL.
 
     Args:
         command: program and arguments.
@@ -37,7 +47,7 @@ def start_group(
             text=True,
             **streams,  # type: ignore[call-overload]
         )
-        _running.add(process)
+        _running[process] = _guard(process)
     return process
 
 
@@ -57,7 +67,8 @@ def stop_group(process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + KILL_SECONDS
         while _signal_group(process.pid, 0) and time.monotonic() < deadline:
             time.sleep(0.05)
-        _running.discard(process)
+        if guard := _running.pop(process, None):
+            guard.communicate("stopped\n")
 
 
 def listens(process: subprocess.Popen[str], port: int) -> bool:
@@ -75,6 +86,18 @@ def listens(process: subprocess.Popen[str], port: int) -> bool:
 def _stop_all() -> None:
     for process in list(_running):
         stop_group(process)
+
+
+def _guard(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    """Wait, in a session of its own, for the end of this process, which closes its input."""
+    return subprocess.Popen(
+        ["sh", "-c", GUARD, "guard", str(process.pid), str(int(TERM_SECONDS))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    )
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -3,7 +3,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
+import psutil
 import pytest
 from maca_serve.process import start_group, stop_group
 
@@ -50,3 +52,28 @@ def test_what_nobody_stopped_is_stopped_at_the_end(alive):
     code = "from maca_serve.process import start_group; print(start_group(['sleep', '99'], {}).pid)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert not alive(int(done.stdout))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_process_started_is_stopped(alive, number):
+    code = """
+import subprocess, time
+from maca_serve.process import start_group
+print(start_group(["sh", "-c", "sleep 99 & echo $!; wait"], {}).pid, flush=True)
+time.sleep(99)
+"""
+    script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    started = [int(script.stdout.readline()), int(script.stdout.readline())]
+    assert all(map(alive, started))
+    script.send_signal(number)
+    script.wait(10)
+    deadline = time.monotonic() + 30
+    while any(map(alive, started)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, started))
+
+
+def test_no_guard_stays():
+    before = set(psutil.Process().children())
+    stop_group(start_group(["sleep", "99"], {}))
+    assert set(psutil.Process().children()) == before
