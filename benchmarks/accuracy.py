@@ -6,10 +6,10 @@
 Each cell is a run of the product (``maca_llmc.quantize``, then ``maca_llmc.evaluation``) and one
 line of ``benchmarks/results/accuracy.jsonl`` (with ``--contexts``, for shorter and longer inputs,
 of ``accuracy_contexts.jsonl``). Cells that are there already are not run again, so several of these
-may run side by side. Methods are in ``accuracy_arms.py``. Every one gets the same number of
-calibration tokens. Calibration text is whole Wikipedia articles and evaluation text is WikiText-2's
-test split, both from ``../shared/data``; before anything is run, an n-gram test makes sure that
-they do not overlap.
+may run side by side. Methods are in ``accuracy_arms.py``. Every one gets the same budget of
+calibration tokens, to the nearest whole window. Calibration text is whole Wikipedia articles and
+evaluation text is WikiText-2's test split, both from ``../shared/data``; before anything is run, an
+n-gram test makes sure that they do not overlap.
 """
 
 import argparse

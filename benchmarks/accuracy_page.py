@@ -232,13 +232,14 @@ def plot(groups: dict[tuple[str, str], Cells]) -> str:
     return "results/accuracy.svg"
 
 
-def method_list(used: set[str]) -> str:
-    """What each method is."""
-    rows = [["method", "fields", "calibration data"]]
+def method_list(cells: list[dict]) -> str:
+    """What each method is, and how many tokens it took of its budget."""
+    rows = [["method", "fields", "calibration data", "tokens"]]
     for name, (fields, data) in {**METHODS, **EARLIER}.items():
-        if name in used:
+        if took := {cell["tokens"] for cell in cells if cell["method"] == name}:
             shown = [", ".join(f"{k}: {v}" for k, v in part.items()) for part in (fields, data)]
-            rows.append([name, shown[0] or "defaults", shown[1]])
+            tokens = " to ".join(f"{n:,}" for n in sorted({min(took), max(took)}))
+            rows.append([name, shown[0] or "defaults", shown[1], tokens])
     return markdown(rows)
 
 
@@ -255,6 +256,17 @@ def machines(cells: list[dict]) -> str:
     """What the cells ran on; the same method differs a little from one processor to another."""
     ran = Counter(f"{c['machine']['processor']}, {c['machine']['cores']} cores" for c in cells)
     return "; ".join(f"{name} ({count} cells)" for name, count in ran.most_common())
+
+
+def mixed_pairs(groups: dict[tuple[str, str], Cells]) -> str:
+    """How many of the pairs that are compared ran on two kinds of processor."""
+    differ = [
+        cells[DEFAULT][seed]["machine"]["processor"] != cells[method][seed]["machine"]["processor"]
+        for cells in groups.values()
+        for method in BASELINES
+        for seed in shared_seeds(cells, DEFAULT, method)
+    ]
+    return f"{sum(differ)} of the {len(differ)}"
 
 
 def main() -> None:
@@ -275,6 +287,7 @@ def main() -> None:
             default=DEFAULT,
             plot=plot(groups),
             machines=machines(cells),
+            mixed_pairs=mixed_pairs(groups),
             comparison=comparison_table(compared) if compared else "No cells yet.",
             contexts=context_table(grouped(read_cells(CONTEXTS))),
             context_targets=CONTEXTS.targets,
@@ -284,7 +297,7 @@ def main() -> None:
             scales=scale_table(),
             sink=sink_table(),
             sensitivity=sensitivity_table(),
-            methods=method_list({cell["method"] for cell in cells}),
+            methods=method_list(cells),
         ),
         *(
             f"## {model}, {scheme}\n\n{method_table(group)}"

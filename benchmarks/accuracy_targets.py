@@ -19,16 +19,17 @@ from accuracy_stats import (
 STOCK = "gptq-2048"
 GPTQ = ("gptq-512", "gptq-2048")
 SIGNIFICANT = 0.05
+SEEDS = 5
 WITHOUT_PASSAGES = "boolq"
 Groups = dict[tuple[str, str], Cells]
 
 
 def target_rows(groups: Groups, compared: list[dict]) -> list[list[str]]:
-    """A row for each target: what, to reach, measured."""
+    """A row for each target: what, to reach, measured, whether that reaches it."""
     three_bits = {key: cells for key, cells in groups.items() if key[1].startswith("w3")}
     four_bits = {key: cells for key, cells in groups.items() if key[1].startswith("w4")}
     return [
-        ["what", "to reach", "measured"],
+        ["what", "to reach", "measured", "reached"],
         *against_gptq([row for row in compared if row["of"][2] in GPTQ]),
         *against_single_lengths(groups),
         *worst_length(three_bits),
@@ -39,20 +40,39 @@ def target_rows(groups: Groups, compared: list[dict]) -> list[list[str]]:
     ]
 
 
+def reached(flags: Iterable[bool]) -> str:
+    """One word for cells that reach a target or do not, and how many where they differ."""
+    flags = list(flags)
+    if not flags:
+        return "not measured"
+    if len(set(flags)) == 1:
+        return "yes" if flags[0] else "no"
+    return f"in {sum(flags)} of {len(flags)}"
+
+
 def against_gptq(rows: list[dict]) -> list[list[str]]:
-    """Lower in the mean, significantly, never significantly worse."""
-    lower = sum(row["ratio"] < 1 for row in rows)
-    tested = [row for row in rows if row["p"] is not None]
-    significant = [row for row in tested if row["p"] < SIGNIFICANT]
+    """Lower in the mean, significantly, never significantly worse, with enough seeds."""
+    words = "default against GPTQ at 512 and 2048, by model, scheme and input length: "
+    lower = [row["ratio"] < 1 for row in rows]
+    significant = [row for row in rows if row["p"] is not None and row["p"] < SIGNIFICANT]
     worse = sum(row["ratio"] > 1 for row in significant)
-    seeds = sorted({row["seeds"] for row in rows})
+    share = len(significant) / len(rows)
+    seeds = [row["seeds"] for row in rows]
     return [
+        [f"{words}lower", "in all", f"in {sum(lower)} of {len(rows)}", reached(lower)],
         [
-            "default against GPTQ at 512 and at 2048, by model, scheme and input length",
-            "lower in all; p < 0.05 in two thirds; none significantly worse; 5 seeds",
-            f"lower in {lower} of {len(rows)}; p < 0.05 (Holm) in {len(significant)} of "
-            f"{len(rows)}; {worse} significantly worse; {seeds[0]} to {seeds[-1]} seeds",
-        ]
+            f"{words}p < {SIGNIFICANT} (Holm)",
+            "in two thirds",
+            f"in {len(significant)} of {len(rows)}",
+            reached([share >= 2 / 3]),
+        ],
+        [f"{words}significantly worse", "in none", f"in {worse}", reached([worse == 0])],
+        [
+            f"{words}seeds",
+            f"at least {SEEDS}",
+            f"{min(seeds)} to {max(seeds)}",
+            reached(count >= SEEDS for count in seeds),
+        ],
     ]
 
 
@@ -77,6 +97,7 @@ def against_single_lengths(groups: Groups) -> list[list[str]]:
                 "; ".join(text for _, text in sorted(found, reverse=True)[:4]) + " are the highest"
                 if found
                 else "no cells",
+                reached(ratio <= 1 for ratio, _ in found),
             ]
         )
     return rows
@@ -84,7 +105,7 @@ def against_single_lengths(groups: Groups) -> list[list[str]]:
 
 def worst_length(groups: Groups) -> list[list[str]]:
     """KL at the worst input length, over that of GPTQ."""
-    found = []
+    found, reaches = [], []
     for (model, scheme), cells in groups.items():
         for method in GPTQ:
             if seeds := shared_seeds(cells, DEFAULT, method):
@@ -93,22 +114,26 @@ def worst_length(groups: Groups) -> list[list[str]]:
                     for m in (DEFAULT, method)
                 )
                 found.append(f"{own / other:.2f} {model} {scheme} ({method})")
-    return [["worst input length against GPTQ's worst, 3 bits", "at most 0.8", "; ".join(found)]]
+                reaches.append(own / other <= 0.8)
+    words = "worst input length against GPTQ's worst, 3 bits"
+    return [[words, "at most 0.8", "; ".join(found), reached(reaches)]]
 
 
 def against_stock(groups: Groups, bits: str, limit: float) -> list[list[str]]:
     """Against stock llm-compressor at each input length."""
-    found = []
+    found, reaches = [], []
     for (model, scheme), cells in groups.items():
         if shared_seeds(cells, DEFAULT, STOCK):
             ratios = [ratio_of_means(pairs_at(cells, DEFAULT, STOCK, n)) for n in LENGTHS]
             found.append(f"{' / '.join(f'{r:.2f}' for r in ratios)} {model} {scheme}")
-    return [[f"default against stock ({STOCK}), {bits}", f"at most {limit}", "; ".join(found)]]
+            reaches += [ratio <= limit for ratio in ratios]
+    words = f"default against stock ({STOCK}), {bits}"
+    return [[words, f"at most {limit}", "; ".join(found), reached(reaches)]]
 
 
 def spread_over_seeds(groups: Groups) -> list[list[str]]:
     """Standard deviation over seeds of the mean KL, against GPTQ's."""
-    found = []
+    found, reaches = [], []
     for (model, scheme), cells in groups.items():
         seeds = shared_seeds(cells, DEFAULT, STOCK)
         if len(seeds) < 3:
@@ -118,21 +143,24 @@ def spread_over_seeds(groups: Groups) -> list[list[str]]:
             for m in (DEFAULT, STOCK)
         )
         found.append(f"{own:.3f} / {other:.3f} {model} {scheme} ({len(seeds)} seeds)")
+        reaches.append(own <= other)
     words = f"standard deviation of KL over seeds, default / {STOCK}"
-    return [[words, "not larger", "; ".join(found) or "too few seeds"]]
+    return [[words, "not larger", "; ".join(found) or "too few seeds", reached(reaches)]]
 
 
 def zero_shot_gain(groups: Groups) -> list[list[str]]:
     """Zero-shot accuracy against stock's, on the same questions."""
     words = f"zero-shot mean over tasks against {STOCK}, 3 bits, points"
-    rows = [[words, "at least +1", _gains(groups, ()) or "not measured"]]
-    if found := _gains(groups, (WITHOUT_PASSAGES,)):
+    gains = _gains(groups, ())
+    texts = "; ".join(text for _, text in gains)
+    rows = [[words, "at least +1", texts, reached(gain >= 1 for gain, _ in gains)]]
+    if gains := _gains(groups, (WITHOUT_PASSAGES,)):
         words = f"the same without {WITHOUT_PASSAGES}, whose passages are missing here"
-        rows.append([words, "(looked at afterwards)", found])
+        rows.append([words, "(looked at afterwards)", "; ".join(text for _, text in gains), ""])
     return rows
 
 
-def _gains(groups: Groups, left_out: tuple[str, ...]) -> str:
+def _gains(groups: Groups, left_out: tuple[str, ...]) -> list[tuple[float, str]]:
     found = []
     for (model, scheme), cells in groups.items():
         seeds = asked(cells, DEFAULT, STOCK)
@@ -141,8 +169,9 @@ def _gains(groups: Groups, left_out: tuple[str, ...]) -> str:
                 zero_shot([cells[m][s] for s in seeds], left_out) for m in (DEFAULT, STOCK)
             )
             gain, error = mean_and_error([a - b for a, b in zip(own, other, strict=True)])
-            found.append(f"{gain:+.1f} ± {error:.1f} {model} {scheme} (seeds: {len(seeds)})")
-    return "; ".join(found)
+            text = f"{gain:+.1f} ± {error:.1f} {model} {scheme} (seeds: {len(seeds)})"
+            found.append((gain, text))
+    return found
 
 
 def asked(cells: Cells, *methods: str) -> list[int]:

@@ -1,6 +1,6 @@
 """Are the codes those of stock GPTQ? Layer by layer on the same inputs, and end to end.
 
-    python3 benchmarks/agreement.py         # writes benchmarks/results/agreement.json
+    .venv/bin/python benchmarks/agreement.py         # writes benchmarks/results/agreement.json
 
 MaCa with ``length_exponent: 0`` and ``hessian_scales: false`` calibrates the embedded model (W4,
 group 64). From the very inputs it sees, stock's Hessians are accumulated beside its own, and every

@@ -1,6 +1,6 @@
 """Keep the numbers of the last `make demo` with what it cost, and print the README's table.
 
-    make demo && python3 benchmarks/demo.py      # writes benchmarks/results/demo.json
+    make demo && .venv/bin/python benchmarks/demo.py      # writes benchmarks/results/demo.json
 
 Run the demo on an otherwise idle machine: timings on two cores suffer from anything beside them.
 Times are in seconds, memory in bytes.

@@ -78,18 +78,23 @@ def test_targets_are_computed_from_the_cells():
     right, wrong = [1, 1, 1, 0], [1, 0, 0, 0]
     own = {seed: cell(0.4 + 0.01 * seed, seed, right) for seed in range(3)}
     stock = {seed: cell(1.0 + 0.1 * seed, seed, wrong) for seed in range(3)}
-    rows = {
-        row[0]: row[2]
-        for row in target_rows(
-            {("m", "w3-g32"): {DEFAULT: own, STOCK: stock}},
-            [
-                {"of": ("m", "w3-g32", STOCK, 128), "ratio": 0.4, "p": 0.01, "seeds": 3},
-                {"of": ("m", "w3-g32", STOCK, 512), "ratio": 1.2, "p": 0.02, "seeds": 3},
-            ],
-        )
-    }
-    found = "\n".join(f"{what}: {measured}" for what, measured in rows.items())
-    assert "lower in 1 of 2; p < 0.05 (Holm) in 2 of 2; 1 significantly worse" in found
-    assert "0.37 / 0.37 / 0.37 m w3-g32" in found
-    assert "0.020 / 0.200 m w3-g32 (3 seeds)" in found
-    assert "points: +50.0 ± " in found and "without boolq" in found
+    rows = target_rows(
+        {("m", "w3-g32"): {DEFAULT: own, STOCK: stock}},
+        [
+            {"of": ("m", "w3-g32", STOCK, 128), "ratio": 0.4, "p": 0.01, "seeds": 3},
+            {"of": ("m", "w3-g32", STOCK, 512), "ratio": 1.2, "p": 0.02, "seeds": 5},
+        ],
+    )
+    found = {what.rpartition(": ")[2]: said for what, _, *said in rows}
+    assert found["lower"] == ["in 1 of 2", "in 1 of 2"]
+    assert found["p < 0.05 (Holm)"] == ["in 2 of 2", "yes"]
+    assert found["significantly worse"] == ["in 1", "no"]
+    assert found["seeds"] == ["3 to 5", "in 1 of 2"]
+    three, four = (f"default against stock ({STOCK}), {n} bits" for n in (3, 4))
+    assert found[three] == ["0.37 / 0.37 / 0.37 m w3-g32", "yes"]
+    assert found[four] == ["", "not measured"]
+    words = f"standard deviation of KL over seeds, default / {STOCK}"
+    assert found[words] == ["0.020 / 0.200 m w3-g32 (3 seeds)", "yes"]
+    zero_shot, without = list(found.values())[-2:]
+    assert zero_shot[0].startswith("+50.0 ± ") and zero_shot[1] == "yes"
+    assert without[1] == ""
