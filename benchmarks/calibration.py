@@ -1,7 +1,7 @@
 """What calibration costs, against stock llm-compressor: time by phase, memory, growth.
 
-    .venv/bin/python benchmarks/calibration.py                # all cases, about half an hour on two cores
-    .venv/bin/python benchmarks/calibration.py fixed-512 moe  # some of them; the others' results stay
+    .venv/bin/python benchmarks/calibration.py     # all, half an hour on two cores
+    .venv/bin/python benchmarks/calibration.py fixed-512 moe  # some; other results stay
 
 Writes ``benchmarks/results/calibration.json`` after every case and prints tables in Markdown.
 Every run is a process of its own (``calibration_child.py``); the arms of a case alternate, and the

@@ -1,6 +1,6 @@
 """Which way of adding ``X^T X`` to a Hessian is fastest on this machine, among the exact ones.
 
-    .venv/bin/python benchmarks/hessian_products.py        # writes benchmarks/results/hessian_products.json
+    .venv/bin/python benchmarks/hessian_products.py   # writes results/hessian_products.json
 
 Exact means: products of the inputs as they are, summed in float32. Every way is checked against
 float64 first. Speeds are useful FLOP/s: a triangle is counted once, ``tokens * width * (width +

@@ -32,8 +32,9 @@ def ask_kernels(run: Run) -> list[dict[str, Any]]:
     """The kernels that vLLM would choose here and on the usual GPUs.
 
     :return: per target its ``target``, ``verdict`` (``loads`` or what is wrong), ``kernels`` (how
-        many layers each would run) and ``remarks`` (what else the doctor says, for instance that a
-        kernel was slower than 16 bits on such a machine); or ``unknown`` with the reason
+        many layers each would run), ``remarks`` (what else the doctor says, for instance that a
+        kernel was slower than 16 bits on such a machine) and ``changes`` (what would help where
+        none is fit, with the kernels that would be chosen then); or ``unknown`` with the reason
     """
     doctor = find_doctor()
     if doctor is None:
@@ -118,6 +119,7 @@ def _entry(target: str, answer: dict[str, Any]) -> dict[str, Any]:
         "verdict": answer["verdict"],
         "kernels": dict(kernels),
         "remarks": [problem["what"] for problem in answer["problems"]],
+        "changes": answer["changes"],
     }
 
 

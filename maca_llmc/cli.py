@@ -37,7 +37,8 @@ def main() -> None:
     except UserError as error:
         code = _fail(str(error))
     except UsageError as error:
-        code = _fail(f"{error.format_message()} (see maca-llmc --help)")
+        command = error.ctx.command_path if error.ctx else "maca-llmc"
+        code = _fail(f"{error.format_message()} (see {command} --help)")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:  # typer may have turned the KeyboardInterrupt into it

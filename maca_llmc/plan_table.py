@@ -58,14 +58,18 @@ def _costs(plan: dict[str, Any]) -> Table:
 def _kernels(plan: dict[str, Any]) -> Table:
     table = Table(title="vLLM's kernel for the result")
     table.add_column("where")
-    table.add_column("kernel (layers)")
+    table.add_column("kernel (layers)", overflow="fold")
     for entry in plan["kernels"]:
         if "unknown" in entry:
             table.add_row(entry["target"], f"unknown: {entry['unknown']}")
             continue
         kernels = ", ".join(f"{name} ({count})" for name, count in entry["kernels"].items())
         verdict = "" if entry["verdict"] == "loads" else f"; {entry['verdict']}"
-        table.add_row(entry["target"], "\n".join([kernels + verdict, *entry["remarks"]]))
+        helpful = [
+            f"would help: {change['change']}: {', '.join(change['kernels']) or 'with the package'}"
+            for change in entry["changes"]
+        ]
+        table.add_row(entry["target"], "\n".join([kernels + verdict, *entry["remarks"], *helpful]))
     return table
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from compressed_tensors.quantization import QuantizationStrategy
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 
 from maca_llmc.ask_doctor import ask_kernels
 from maca_llmc.containers import CONTAINER_BITS
@@ -97,10 +97,18 @@ def quantized_modules(run: Run) -> list[dict[str, Any]]:
     """How many modules and parameters each scheme has."""
     counts: dict[str, dict[str, Any]] = {}
     for name, scheme in linear_schemes(run.modifiers, run.shapes).items():
-        entry = counts.setdefault(describe_scheme(scheme), {"modules": 0, "parameters": 0})
+        words = describe_scheme(scheme) + _container(scheme, run.container)
+        entry = counts.setdefault(words, {"modules": 0, "parameters": 0})
         entry["modules"] += 1
         entry["parameters"] += run.shapes.get_submodule(name).weight.numel()
     return [{"scheme": scheme, **counts[scheme]} for scheme in counts]
+
+
+def _container(scheme: QuantizationScheme, bits: int | None) -> str:
+    """What stands behind a scheme whose codes are stored in wider containers."""
+    weights = scheme.weights
+    wider = bits is not None and weights is not None and weights.num_bits < bits
+    return f", in {bits}-bit containers" if wider else ""
 
 
 def unquantized_modules(run: Run) -> list[dict[str, Any]]:

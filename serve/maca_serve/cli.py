@@ -311,9 +311,9 @@ def main() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="maca-serve", standalone_mode=False)
     except UsageError as error:
-        err.print(
-            f"error: {error.format_message()} (see maca-serve --help)", markup=False, soft_wrap=True
-        )
+        command = error.ctx.command_path if error.ctx else "maca-serve"
+        line = f"error: {error.format_message()} (see {command} --help)"
+        err.print(line, markup=False, soft_wrap=True)
         code = 2
     except typer.Abort:
         code = 130

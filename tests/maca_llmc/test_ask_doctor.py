@@ -12,6 +12,7 @@ from maca_llmc.prepare import prepare
 ANSWER = {
     "verdict": "loads",
     "problems": [{"severity": "note", "what": "MarlinLinearKernel was slower", "cure": "measure"}],
+    "changes": [{"change": "repack it", "kernels": ["MarlinLinearKernel"]}],
     "layers": [
         {
             "quantized": True,
@@ -64,6 +65,7 @@ def test_every_target_is_asked_about_the_checkpoint_to_be(run, doctor):
     for entry in found:
         assert entry["verdict"] == "loads"
         assert entry["remarks"] == ["MarlinLinearKernel was slower"]
+        assert entry["changes"] == ANSWER["changes"]
         assert entry["kernels"] == {
             "MarlinLinearKernel, or HummingLinearKernel with humming-kernels": 2,
             "none": 1,

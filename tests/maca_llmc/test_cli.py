@@ -105,7 +105,7 @@ BAD = {
     "unknown container": ({"container": 8}, "--container 8: only 4 is supported"),
     "batches of nothing": ({"batch_tokens": 0}, "batch tokens are 0: give 1 or more"),
     "less than no cache": ({"cache_gb": -1.0}, "--cache-gb -1: give 0 or more"),
-    "unknown option": ({"modle": "x"}, r"No such option: --modle.*\(see maca-llmc --help\)"),
+    "unknown option": ({"modle": "x"}, r"No such option: --modle.*\(see maca-llmc \w+ --help\)"),
     "not a number": ({"tokens": "many"}, "'--tokens': .*valid integer"),
 }
 
@@ -139,7 +139,7 @@ def test_nan_in_activations_names_the_module(here, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["quantize"], "error: Missing option '--output'. (see maca-llmc --help)"),
+        (["quantize"], "error: Missing option '--output'. (see maca-llmc quantize --help)"),
         (["quantise"], "error: No such command 'quantise'."),
         (["quantize", "--output", "x", "stray"], "error: Got unexpected extra argument(s) (stray)"),
         (["evaluate", "m"], "error: Missing argument 'checkpoints'."),

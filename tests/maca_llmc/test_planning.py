@@ -64,7 +64,7 @@ def test_sizes_and_hessians_are_those_of_the_run(tiny_models, tmp_path, recipe, 
     assert found["hessians"]["modules"] == len(record["modules"]) == 14
     assert found["hessians"]["distinct"] == 8
     assert found["calibration"] == record["calibration"]
-    assert found["modules"] == [{"scheme": record["scheme"].split(", in ")[0], **COUNTS}]
+    assert found["modules"] == [{"scheme": record["scheme"], **COUNTS}]
 
 
 COUNTS = {"modules": 14, "parameters": 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3)}
@@ -155,7 +155,17 @@ def test_nothing_is_written(tiny_models, tmp_path, monkeypatch):
 
 def test_the_tables_show_every_part(tiny_models, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    plan_table.print_plan(planned(tiny_models("llama"), None))
+    found = planned(tiny_models("llama"), None)
+    found["kernels"].append(
+        {
+            "target": "an old card",
+            "verdict": "does not load",
+            "kernels": {"none": 14},
+            "remarks": ["Failed to find a kernel"],
+            "changes": [{"change": "store it in 4-bit containers", "kernels": ["Marlin"]}],
+        }
+    )
+    plan_table.print_plan(found)
     shown = capsys.readouterr().out
     for text in (
         "W4A16 int, group 32, symmetric",
@@ -163,6 +173,9 @@ def test_the_tables_show_every_part(tiny_models, capsys, monkeypatch):
         "peak host memory",
         "unknown: no serve environment",
         "lm_head",
+        "none (14); does not load",
+        "Failed to find a kernel",
+        "would help: store it in 4-bit containers: Marlin",
     ):
         assert text in shown
 

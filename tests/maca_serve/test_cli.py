@@ -96,7 +96,8 @@ def test_usage_errors_are_one_line_too(arguments, culprit):
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and culprit in line
-    assert line.endswith("(see maca-serve --help)")
+    command = "" if culprit == "fly" else f" {arguments[0]}"
+    assert line.endswith(f"(see maca-serve{command} --help)")
 
 
 @pytest.mark.parametrize(
