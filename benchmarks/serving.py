@@ -54,6 +54,7 @@ RECIPES = {
 DEMO = {"bf16": "base", "w8a8": "maca-w8a8", "w4a16": "maca"}
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 REAL, SHAPED = "SmolLM2-135M", "8B-shaped"
+IN_WORDS = {REAL: REAL, SHAPED: "layers like Llama-3-8B's"}
 
 
 class Batches(SpeedSettings):
@@ -203,7 +204,7 @@ def published(file: Path) -> list[dict]:
                 "machine": ", ".join(machine["gpus"])
                 or f"{machine['cores']} cores of {machine['cpu']}",
                 "like": kind(machine),
-                "model": model,
+                "model": IN_WORDS[model],
                 "tokens": f"{' or '.join(map(str, speed['input_len']))} in, {speed['output_len']}",
                 "ratios": {load: round(each["ratio"], 3) for load, each in loads.items()},
                 "source": f"benchmarks/results/{file.name}",

@@ -94,6 +94,11 @@ def test_what_the_doctor_warns_from(tmp_path):
     first, second = serving.published(file)
     loads = {"4 in flight at prompts of 32": 0.5, "1 in flight at prompts of 512": 9.0}
     ratios = {"1 in flight at prompts of 32": 0.83, **loads}
-    assert first == {"kernel": "K", "model": "8B-shaped", "ratios": ratios, **said}
+    assert first == {
+        "kernel": "K",
+        "model": serving.IN_WORDS["8B-shaped"],
+        "ratios": ratios,
+        **said,
+    }
     ratios = {"1 in flight at prompts of 32": 0.08, **loads}
     assert second == {"kernel": "L", "model": "SmolLM2-135M", "ratios": ratios, **said}
