@@ -1,7 +1,9 @@
 """Does vLLM do what the doctor says it would? Scheme by scheme, on this machine.
 
     .venv-serve/bin/python benchmarks/doctor_agreement.py          # all, 40 minutes on two cores
-    .venv-serve/bin/python benchmarks/doctor_agreement.py w8a8     # some; the others' results stay
+    .venv-serve/bin/python benchmarks/doctor_agreement.py w8a8     # some of them
+
+What was found before, of other cases and on other machines, stays in the result file.
 
 Makes the checkpoints of ``doctor_cases.py``, and one of them again in 4-bit containers; asks the
 doctor, which loads no weights; then starts the engine on each and sends a request. They agree where
@@ -85,38 +87,38 @@ def compare(folder: Path) -> dict:
     }
 
 
-def before() -> dict[str, dict]:
-    """Cases of an earlier run, maybe on another machine."""
+def before() -> dict[tuple[str, str], dict]:
+    """Cases of earlier runs, by name and machine."""
     found = json.loads(RESULT.read_text())["cases"] if RESULT.exists() else []
-    return {case["case"]: case for case in found}
+    return {(case["case"], case["machine"]): case for case in found}
 
 
 def table(found: list[dict]) -> str:
-    """A row for each case."""
-    rows = [["checkpoint", "doctor", "its kernels", "engine", "its log's kernels", "agree", "on"]]
+    """A row for each case; machines that say the same share it."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    head = ["checkpoint", "doctor", "its kernels", "engine", "its log's kernels", "agree", "on"]
     for case in found:
         doctor, engine = case["doctor"], case["engine"]
-        rows.append(
-            [
-                case["case"],
-                doctor["verdict"],
-                ", ".join(doctor["kernels"]) or "—",
-                "runs" if engine["runs"] else "refuses",
-                engine["kernel"] or "—",
-                "yes" if case["agree"] else "NO",
-                case["machine"].split()[0].removesuffix("(R)"),
-            ]
+        row = (
+            case["case"],
+            doctor["verdict"],
+            ", ".join(doctor["kernels"]) or "—",
+            "runs" if engine["runs"] else "refuses",
+            engine["kernel"] or "—",
+            "yes" if case["agree"] else "NO",
         )
-    return markdown(rows)
+        rows.setdefault(row, []).append(case["machine"].split()[0].removesuffix("(R)"))
+    return markdown([head, *([*row, ", ".join(machines)] for row, machines in rows.items())])
 
 
 def main() -> None:
     """Compare, write the result after each case, print a table of all."""
-    cases = before() if sys.argv[1:] else {}
+    cases = before()
     with tempfile.TemporaryDirectory() as name:
         for folder in tqdm(make_checkpoints(Path(name), sys.argv[1:]), desc="engines"):
-            cases[folder.name] = compare(folder)
-            found = [cases[name] for name in sorted(cases)]
+            case = compare(folder)
+            cases[case["case"], case["machine"]] = case
+            found = [cases[key] for key in sorted(cases)]
             content = {"versions": versions(), "cases": found}
             RESULT.write_text(json.dumps(content, indent=1) + "\n")
     print(table(found))
