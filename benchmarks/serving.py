@@ -188,18 +188,19 @@ def published(file: Path) -> list[dict]:
     A kernel that ran both models is told of with the large one.
     """
     measured = json.loads(file.read_text())
-    found: dict[str, dict] = {}
+    found: list[dict] = []
     for model in (SHAPED, REAL):
         if model not in measured:
             continue
+        told = {each["kernel"] for each in found}
         speed = measured[model]["settings"]["speed"]
         machine = measured[model]["machine"]
         plain = {arm.name for arms in ARMS.values() for arm in arms[model] if not arm.environment}
         for entry in measured[model]["checkpoints"][1:]:
-            if entry["name"] not in plain or entry["kernel"] in found:
+            if entry["name"] not in plain or entry["kernel"] in told:
                 continue
             loads = describe_loads(entry["break_even"]["ratios"])
-            found[entry["kernel"]] = {
+            said = {
                 "kernel": entry["kernel"],
                 "machine": ", ".join(machine["gpus"])
                 or f"{machine['cores']} cores of {machine['cpu']}",
@@ -209,7 +210,8 @@ def published(file: Path) -> list[dict]:
                 "ratios": {load: round(each["ratio"], 3) for load, each in loads.items()},
                 "source": f"benchmarks/results/{file.name}",
             }
-    return list(found.values())
+            found.append(said)
+    return found
 
 
 def publish(folder: Path) -> None:

@@ -22,26 +22,27 @@ MEAN = "log-probabilities, mean"
 def row(result: dict, base: dict) -> list[str]:
     """One checkpoint's line."""
     checks = {check["name"]: check for check in result["checks"]}
+    failed = [name for name, check in checks.items() if check["status"] == "fail"]
     if MEAN not in checks:
-        why = f"not compared: {checks['agreement']['found']}"
-        return [result["name"], result["kernel"], "", "", "", "", why]
+        why = [check["found"] for check in checks.values() if check["status"] != "pass"]
+        return [result["name"], result["kernel"], "", "", "", "", f"not compared: {why[0]}"]
     numbers = checks[MEAN]["numbers"]
     apart, own = numbers["from_bfloat16"], _apart(base)
-    failed = [name for name, check in checks.items() if check["status"] == "fail"]
     return [
         result["name"],
         result["kernel"],
         f"{numbers['ratio']:.2f}",
         f"{checks['first choices']['numbers']['agreement']:.1%}",
         f"{apart:.4f}",
-        f"{apart / own:.2f}",
+        f"{apart / own:.2f}" if own else "",
         ", ".join(failed) or "none",
     ]
 
 
-def _apart(result: dict) -> float:
-    check = next(check for check in result["checks"] if check["name"] == MEAN)
-    return float(check["numbers"]["from_bfloat16"])
+def _apart(result: dict) -> float | None:
+    """None where it was not compared, for want of memory for instance."""
+    check = next((check for check in result["checks"] if check["name"] == MEAN), None)
+    return float(check["numbers"]["from_bfloat16"]) if check else None
 
 
 def show(results: list[dict]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal as size
 from rich.table import Table
+from rich.text import Text
 
 from maca_llmc.record import describe_lengths
 
@@ -61,7 +62,7 @@ def _kernels(plan: dict[str, Any]) -> Table:
     table.add_column("kernel (layers)", overflow="fold")
     for entry in plan["kernels"]:
         if "unknown" in entry:
-            table.add_row(entry["target"], f"unknown: {entry['unknown']}")
+            table.add_row(entry["target"], Text(f"unknown: {entry['unknown']}"))
             continue
         kernels = ", ".join(f"{name} ({count})" for name, count in entry["kernels"].items())
         verdict = "" if entry["verdict"] == "loads" else f"; {entry['verdict']}"
@@ -69,7 +70,8 @@ def _kernels(plan: dict[str, Any]) -> Table:
             f"would help: {change['change']}: {', '.join(change['kernels']) or 'with the package'}"
             for change in entry["changes"]
         ]
-        table.add_row(entry["target"], "\n".join([kernels + verdict, *entry["remarks"], *helpful]))
+        words = "\n".join([kernels + verdict, *entry["remarks"], *helpful])
+        table.add_row(entry["target"], Text(words))  # vLLM's brackets are no markup
     return table
 
 

@@ -98,6 +98,7 @@ def up(
         threads=threads,
         vllm_flags=vllm_flags or (),
     )
+    engine.any_port = port is None
     if port is None and engine.port != serving.PORT:
         _warn(f"port {serving.PORT} is taken: using {engine.port}")
     if not (engine.local or engine.api_key):

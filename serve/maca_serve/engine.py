@@ -76,7 +76,8 @@ class Engine:
         self.fit = fit
         self.host = host
         self.port = port
-        self._port_given = port is not None
+        # Whether another will do where that is taken between its check and vLLM's start.
+        self.any_port = port is None
         self.api_key = api_key
         self.start_seconds = 0.0
         self._process: subprocess.Popen[str] | None = None
@@ -134,7 +135,7 @@ class Engine:
             try:
                 return self._enter()
             except PortTakenError:
-                if self._port_given:
+                if not self.any_port:
                     raise
                 self.log.unlink()
                 self.port = None
@@ -241,7 +242,7 @@ class Engine:
             cause = "killed (signal 9), as Linux does when memory runs out"
         elif cause and "Address already in use" in cause:
             kind = PortTakenError
-            cure = "; choose another with --port" if self._port_given else ""
+            cure = "" if self.any_port else "; choose another with --port"
             cause = f"port {self.port} was taken meanwhile{cure}"
         elif not cause:
             cause = f"exit code {code}" if code is not None else "no error named"

@@ -47,7 +47,12 @@ def start_group(
             text=True,
             **streams,  # type: ignore[call-overload]
         )
-        _running[process] = _guard(process)
+        try:
+            _running[process] = _guard(process)
+        except BaseException:
+            _signal_group(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
     return process
 
 
@@ -80,6 +85,17 @@ def listens(process: subprocess.Popen[str], port: int) -> bool:
     except psutil.Error:  # one of them ended meanwhile
         return False
     return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+
+
+def _disown() -> None:
+    """In a forked child, which must not keep the guards' inputs open, nor stop what is not its."""
+    for guard in _running.values():
+        if guard.stdin:
+            guard.stdin.close()
+    _running.clear()
+
+
+os.register_at_fork(after_in_child=_disown)
 
 
 @atexit.register

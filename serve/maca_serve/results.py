@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -80,14 +81,12 @@ def write_measured(path: Path, value: dict[str, Any]) -> None:
     try:
         write_json(path, value)
     except UserError as error:
-        handle, name = tempfile.mkstemp(prefix="maca-serve-results-", suffix=".json")
-        os.close(handle)
         try:
-            write_json(Path(name), value)
-        except UserError:
-            Path(name).unlink()
+            kept = Path(tempfile.gettempdir()) / f"maca-serve-results-{uuid4().hex}.json"
+            write_json(kept, value)
+        except (OSError, UserError):  # nor is there room, or any temporary folder
             raise error from None
-        raise UserError(f"{error}; what was measured is kept as {name}") from error
+        raise UserError(f"{error}; what was measured is kept as {kept}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -87,7 +87,7 @@ def test_targets_are_computed_from_the_cells():
     )
     found = {what.rpartition(": ")[2]: said for what, _, *said in rows}
     assert found["lower"] == ["in 1 of 2", "in 1 of 2"]
-    assert found["p < 0.05 (Holm)"] == ["in 2 of 2", "yes"]
+    assert found["lower with p < 0.05 (Holm)"] == ["in 1 of 2", "no"]
     assert found["significantly worse"] == ["in 1", "no"]
     assert found["seeds"] == ["3 to 5", "in 1 of 2"]
     three, four = (f"default against stock ({STOCK}), {n} bits" for n in (3, 4))

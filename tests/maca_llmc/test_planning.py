@@ -161,7 +161,7 @@ def test_the_tables_show_every_part(tiny_models, capsys, monkeypatch):
             "target": "an old card",
             "verdict": "does not load",
             "kernels": {"none": 14},
-            "remarks": ["Failed to find a kernel"],
+            "remarks": ["only [torch.float16] here"],
             "changes": [{"change": "store it in 4-bit containers", "kernels": ["Marlin"]}],
         }
     )
@@ -174,7 +174,7 @@ def test_the_tables_show_every_part(tiny_models, capsys, monkeypatch):
         "unknown: no serve environment",
         "lm_head",
         "none (14); does not load",
-        "Failed to find a kernel",
+        "only [torch.float16] here",
         "would help: store it in 4-bit containers: Marlin",
     ):
         assert text in shown

@@ -244,6 +244,21 @@ def test_another_port_is_taken_where_none_was_asked_for(
     assert left_behind() == [] and not list(settings["output"].parent.parent.glob("*.log"))
 
 
+def test_up_takes_another_port_where_none_was_asked_for(
+    fake_vllm, quantized, left_behind, monkeypatch, capsys, other
+):
+    chosen = [other]
+    monkeypatch.setattr("maca_serve.serving.claim_port", lambda host, port: other)
+    monkeypatch.setattr(
+        engine_module,
+        "claim_port",
+        lambda host, port: chosen.pop() if chosen else claim_port(host, port),
+    )
+    monkeypatch.setattr(engine_module.Engine, "wait", lambda self: None)
+    assert not run_main(["up", quantized], capsys)[0]
+    assert chosen == [] and left_behind() == []
+
+
 def lie_in_the_index(folder, file):
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())

@@ -73,6 +73,39 @@ time.sleep(99)
     assert not any(map(alive, started))
 
 
+def test_without_a_guard_nothing_is_started(alive, monkeypatch):
+    started = []
+
+    def fail(process):
+        started.append(process.pid)
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr("maca_serve.process._guard", fail)
+    with pytest.raises(BlockingIOError):
+        start_group(["sleep", "99"], {})
+    assert len(started) == 1 and not alive(started[0])
+
+
+def test_a_forked_child_keeps_nothing_running(alive):
+    code = """
+import os, time
+from maca_serve.process import start_group
+print(start_group(["sleep", "99"], {}).pid, flush=True)
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+time.sleep(99)
+"""
+    script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    started, forked = (int(script.stdout.readline()) for _ in range(2))
+    script.kill()
+    script.wait(10)
+    deadline = time.monotonic() + 10
+    while alive(started) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(started) and alive(forked)
+    os.kill(forked, signal.SIGKILL)
+
+
 def test_no_guard_stays():
     before = set(psutil.Process().children())
     stop_group(start_group(["sleep", "99"], {}))

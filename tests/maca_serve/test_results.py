@@ -51,6 +51,13 @@ def test_a_disk_without_room_for_either_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_temporary_folder_either(tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("a file by now")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"r\.json: cannot be written: [A-Z][a-z ]*$"):
+        write_measured(tmp_path / "out" / "r.json", {"x": 1})
+
+
 def test_outputs_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):

@@ -75,6 +75,7 @@ def test_what_the_doctor_warns_from(tmp_path):
     }
     base = entry("BF16", "none", 1.0)
     large = [base, entry("W4A16", "K", 0.8304), entry("W4A16 as W4A8", "K", 2.0)]
+    large.append(entry("W3A16", "K", 0.9))
     small = [base, entry("W4A16", "K", 0.7), entry("FP8", "L", 0.08)]
     file = tmp_path / "serving-x.json"
     file.write_text(
@@ -91,7 +92,8 @@ def test_what_the_doctor_warns_from(tmp_path):
         "tokens": "32 or 512 in, 32",
         "source": "benchmarks/results/serving-x.json",
     }
-    first, second = serving.published(file)
+    first, same_kernel, second = serving.published(file)
+    assert same_kernel["ratios"]["1 in flight at prompts of 32"] == 0.9
     loads = {"4 in flight at prompts of 32": 0.5, "1 in flight at prompts of 512": 9.0}
     ratios = {"1 in flight at prompts of 32": 0.83, **loads}
     assert first == {

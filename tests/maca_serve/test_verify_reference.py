@@ -42,7 +42,9 @@ def test_scales_are_rounded_to_what_the_engine_computes_in(tmp_path):
     codes = unpack(tensors[name.replace("scale", "packed")], 4, 80)
     in_bfloat16 = codes.bfloat16() * torch.tensor(0.01).bfloat16()
     assert torch.equal(found[torch.bfloat16], in_bfloat16)
-    assert not torch.equal(found[torch.float16], in_bfloat16)
+    in_float16 = (codes.half() * torch.tensor(0.01).half()).bfloat16()
+    assert torch.equal(found[torch.float16], in_float16)
+    assert not torch.equal(in_float16, in_bfloat16)
 
 
 def rotating(*locations):

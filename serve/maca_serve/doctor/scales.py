@@ -1,6 +1,8 @@
 """Values of a checkpoint's scales, about which headers say nothing."""
 
+from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
 from safetensors import safe_open
 
@@ -14,9 +16,12 @@ def find_scales(tensors: dict[str, Tensor]) -> list[Tensor]:
 
 def not_finite(scales: Iterable[Tensor]) -> list[str]:
     """Names of those that hold NaN or infinity: one such value spoils all that follows it."""
-    return [tensor.name for tensor in scales if not _finite(tensor)]
-
-
-def _finite(tensor: Tensor) -> bool:
-    with safe_open(tensor.file, framework="pt") as file:
-        return bool(file.get_tensor(tensor.name).float().isfinite().all())
+    names: dict[Path, list[str]] = defaultdict(list)
+    for tensor in scales:
+        names[tensor.file].append(tensor.name)
+    bad = []
+    # A file once: opening it reads its whole header, of tens of thousands of tensors with experts.
+    for path, wanted in names.items():
+        with safe_open(path, framework="pt") as file:
+            bad += [x for x in wanted if not file.get_tensor(x).float().isfinite().all()]
+    return bad

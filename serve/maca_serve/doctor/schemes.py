@@ -33,7 +33,7 @@ def scheme_finder(quantization: dict[str, Any]) -> SchemeOf | None:
     return None
 
 
-def inputs_of(group: dict[str, Any]) -> Inputs | None:
+def _inputs(group: dict[str, Any]) -> Inputs | None:
     """How a config group of compressed-tensors rounds activations, None where it does not."""
     given = group.get("input_activations")
     if not given:
@@ -91,7 +91,7 @@ def _from_group(group: dict[str, Any], default_format: str | None) -> Scheme:
         symmetric=bool(weights.get("symmetric", True)),
         kind=str(weights.get("type", "int")),
         block=(block[0], block[1]) if block else None,
-        inputs=inputs_of(group),
+        inputs=_inputs(group),
         actorder=weights.get("actorder") or None,
     )
 
