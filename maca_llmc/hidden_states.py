@@ -11,7 +11,10 @@ class HiddenStates:
 
     :param limit: bytes to hold in memory; None for all
     :param folder: where the rest goes, made when it is needed
+    :ivar device: where those in memory are; the host's, unless told
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
         self._limit = math.inf if limit is None else limit
@@ -30,6 +33,7 @@ class HiddenStates:
 
         :raises OSError: when the disk is full
         """
+        hidden = hidden.to(self.device)
         before = self._held.pop(key, None)
         self._bytes += hidden.nbytes - (0 if before is None else before.nbytes)
         if self._folder is None or self._bytes <= self._limit:

@@ -117,6 +117,7 @@ class LayerPipeline(CalibrationPipeline):
         device = onload_device(model)
         store = torch.device(dataset_args.sequential_offload_device)
         resources = _given[-1] if _given else Resources()
+        resources.hidden.device = store
         try:
             check_targets(model, layers)
             with calibration_forward(model):
@@ -134,7 +135,7 @@ class LayerPipeline(CalibrationPipeline):
             # Rotations have just changed what goes into the first layer.
             with calibration_forward(model), HooksMixin.disable_hooks():
                 calls = record_batches(model, layers, dataloader, (device, store), resources.hidden)
-        batches = Batches(calls, resources.hidden, device, store)
+        batches = Batches(calls, resources.hidden, device)
         asymmetric = asymmetric_modifiers(modifiers)
         full = FullStream(resources.hidden, len(calls), asymmetric) if asymmetric else None
         with calibration_forward(model):
@@ -155,13 +156,11 @@ class Batches:
     :param calls: by batch and layer, what it is called with beside the hidden states
     :param hidden: the hidden states that go into the next layer
     :param device: to compute on
-    :param store: to keep things on
     """
 
     calls: list[list[Call]]
     hidden: HiddenStates
     device: torch.device
-    store: torch.device
 
     def outputs(
         self, layer: torch.nn.Module, index: int, stream: str = ""
@@ -176,13 +175,13 @@ class Batches:
             key = f"{stream}{number}"
             output = layer(self.hidden.get(key).to(self.device), *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
-            yield key, output.to(self.store)
+            yield key, output
 
     def update(self, layer: torch.nn.Module, index: int) -> torch.Tensor:
         """What a layer adds to the hidden states of the first batch, float32 ``[b, T, d]``."""
         with HooksMixin.disable_hooks():
             key, output = next(self.outputs(layer, index))
-        return output.float() - self.hidden.get(key).float()
+        return output.float() - self.hidden.get(key).to(self.device).float()
 
 
 def finish_layer(
@@ -270,7 +269,7 @@ def record_batches(
             if any(recorder.hidden is not hidden for recorder in recorders):
                 raise UnsupportedModelError("hidden states change between its decoder layers")
             recorded.append(move([recorder.call for recorder in recorders], store))
-            states.put(str(number), hidden.to(store))
+            states.put(str(number), hidden)
     except (TypeError, IndexError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise

@@ -92,6 +92,6 @@ def log_warnings_once() -> None:
 def _advance(bar: Any, index: int, total: int) -> Any:
     def hook(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
         bar.set_description_str(f"layer {index + 1}/{total}", refresh=False)
-        bar.update(1)
+        bar.update(min(1, bar.total - bar.n))  # a smoother's checks run a layer once more, too
 
     return hook

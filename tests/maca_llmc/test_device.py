@@ -1,8 +1,13 @@
-"""Devices by name."""
+"""Devices by name, and that all of a run is on the one that was given."""
 
 import pytest
 import torch
+import yaml
+from checkpoints import DATA, load, quantize
+from pretend_device import Elsewhere
+from tiny import WIDE, random_sequences, random_text
 
+import maca_llmc
 from maca_llmc.device import resolve_device
 from maca_llmc.errors import UserError
 
@@ -39,3 +44,70 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, name, count):
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(UserError, match=rf"device '{name}': give auto, cpu, cuda or cuda:N"):
         resolve_device(name)
+
+
+W4 = {
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "weight"},
+        }
+    },
+    "ignore": ["lm_head", "re:.*mlp.gate$"],
+}
+SMOOTHED = {"SmoothQuantModifier": {"smoothing_strength": 0.5}}
+RUNS = {
+    "default": ("llama", {}, W4),
+    "routed experts": ("qwen3_moe", {}, W4),
+    "other norms": ("gemma3_text", {}, {"scheme": "W8A8", "ignore": ["lm_head"]}),
+    "nested GPTAQ": ("qwen3", {}, {**W4, "nested_scales": [8, 16], "gptaq_alpha": 0.25}),
+    "smoothed": ("llama", SMOOTHED, {"scheme": "W8A8", "ignore": ["lm_head"]}),
+    "stock's pipeline and scales": ("llama", {}, {"scheme": "W8A16", "hessian_scales": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Runs a function on a device that is not the CPU."""
+    pretended = Elsewhere()
+    yield pretended
+    pretended.close()
+
+
+def logits(checkpoint):
+    ids = random_sequences([24])[0]
+    with torch.no_grad():
+        return load(checkpoint, dequantize=True)(input_ids=ids[None]).logits
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_stays_on_its_device(tiny_models, tmp_path, elsewhere, name):
+    family, before, fields = RUNS[name]
+    model = tiny_models(family, **WIDE)
+    stage = {"quantize_stage": {"quantize_modifiers": {**before, "MaCaModifier": fields}}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(stage, sort_keys=False))
+    enough = {"tokens": 1024}  # for Hessians in which the last bit of an input changes little
+    here = quantize(model, tmp_path / "here", recipe, **enough)
+    _, ran = elsewhere(quantize, model, tmp_path / "there", recipe, **enough)
+    layers, linears = 2, {"qwen3_moe": 4}.get(family, 7)
+    assert ran["aten::cholesky_inverse"] >= layers * 4, "the solve was not there"
+    assert ran["aten::addmm_"] >= layers * linears, "Hessians were not there"
+    expected = logits(here)
+    apart, lost = (torch.linalg.norm(logits(x) - expected) for x in (tmp_path / "there", model))
+    assert apart < lost, "further from the run on the CPU than what both were made from"
+
+
+def test_evaluating_and_planning_stay_on_their_device(tiny_models, tmp_path, elsewhere):
+    model = tiny_models("llama", **WIDE)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(random_text()))
+    settings = {"text": text, "lengths": [8, 32], "windows": 2, "targets": 4}
+    here = maca_llmc.evaluate(model, [], **settings)
+    there, ran = elsewhere(maca_llmc.evaluate, model, [], **settings)
+    assert ran["aten::embedding"] and ran["aten::mm"]
+    for length, found in there["checkpoints"][0]["perplexity"].items():
+        own = here["checkpoints"][0]["perplexity"][length]
+        assert found["ppl"] == pytest.approx(own["ppl"], rel=1e-3)
+    plan, ran = elsewhere(maca_llmc.plan, tmp_path / "out", model=str(model), **DATA)
+    assert plan["seconds"] and ran["aten::linalg_cholesky_ex"]

@@ -52,6 +52,15 @@ def test_the_bar_counts_every_layer_batch_and_pass(shown, bars):
     assert bar.n == bar.total, "the hook outlived the bar"
 
 
+def test_more_calls_than_expected_do_not_take_the_percentage_away(shown, bars):
+    layers = [torch.nn.Identity() for _ in range(2)]
+    with layer_progress(layers, batches=2):
+        for layer in layers:
+            for _ in range(7):  # checks of smoothers, llm-compressor's own pipeline
+                layer(torch.ones(1))
+    assert bars[0].n == bars[0].total and "layer 2/2 100%" in shown()
+
+
 def test_layers_finished_in_an_earlier_run_are_only_passed_through(bars):
     with layer_progress([torch.nn.Identity() for _ in range(3)], batches=2, finished=2):
         assert bars[0].total == 2 + 2 + 2

@@ -11,6 +11,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, calculate_r
 from safetensors.torch import load_file
 from tiny import save_tiny_model
 
+from maca_llmc import scales as scales_module
 from maca_llmc.scales import _Cost, are_searched, column_costs, search_scales
 from maca_llmc.solve import factorize
 
@@ -182,3 +183,11 @@ def test_a_checkpoint_loads_with_the_scales_that_were_found(tmp_path, symmetric)
     state = load_file(tmp_path / "true" / "model.safetensors")
     negative = [n for n, t in state.items() if n.endswith("weight_scale") and (t < 0).any()]
     assert bool(negative) == symmetric
+
+
+def test_how_many_weights_are_searched_together_changes_nothing(weight, costs, monkeypatch):
+    energies = (weight.float().square() * costs).sum(dim=1)
+    whole = search_scales(weight, costs, energies, W3)
+    monkeypatch.setitem(scales_module.WEIGHTS_AT_ONCE, "cpu", 3 * WIDTH)
+    parts = search_scales(weight, costs, energies, W3)
+    assert all(map(torch.equal, whole, parts))
