@@ -19,7 +19,6 @@ from maca_llmc.signatures import same_parameters_as
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Quantize a model with length-aware calibration, and see how far it is from its base.",
 )
 
 UsageError: Any = typer.BadParameter.__base__  # of typer's own copy of click
@@ -66,6 +65,30 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{option} {text!r}: give whole numbers such as 128,512,2048") from None
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        from maca_llmc import record
+
+        for package, number in record.versions().items():
+            print(package, number)  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Versions of this and of what decides its results.",
+        ),
+    ] = False,
+) -> None:
+    """Quantize a model with length-aware calibration, and see how far it is from its base."""
 
 
 @app.command()

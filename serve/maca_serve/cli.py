@@ -49,7 +49,6 @@ from maca_serve.tasks import CONTINUATION
 
 app = typer.Typer(
     name="maca-serve",
-    help="Serve compressed-tensors checkpoints with vLLM, and measure what came out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,6 +57,30 @@ app = typer.Typer(
 
 UsageError: Any = typer.BadParameter.__base__  # of typer's own copy of click
 HERE = "here"
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        from maca_serve.machine import versions
+
+        for name, number in versions().items():
+            _say(f"{name} {number or '(not installed)'}")
+        raise typer.Exit
+
+
+@app.callback()
+def command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Versions of this and of what takes part in its measurements.",
+        ),
+    ] = False,
+) -> None:
+    """Serve compressed-tensors checkpoints with vLLM, and measure what came out."""
 
 
 @app.command()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import random_text
 
 import maca_llmc
-from maca_llmc import cli, defaults, plan_table
+from maca_llmc import cli, defaults, plan_table, record
 from maca_llmc.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -154,6 +154,12 @@ def test_a_wrong_call_is_one_line(monkeypatch, capsys, words, message):
 def test_help_is_no_error(monkeypatch, capsys, words):
     code, out, lines = run(monkeypatch, capsys, *words)
     assert code == 0 and "Usage: maca-llmc" in out and lines == []
+
+
+def test_version_names_what_decides_the_result(monkeypatch, capsys):
+    code, out, lines = run(monkeypatch, capsys, "--version")
+    assert code == 0 and lines == []
+    assert dict(line.split() for line in out.splitlines()) == record.versions()
 
 
 def test_an_interrupt_says_so(here, monkeypatch, capsys):

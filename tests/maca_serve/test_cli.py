@@ -161,6 +161,14 @@ def test_help_is_fast_and_loads_nothing_heavy():
     assert time.monotonic() - began < 10
 
 
+def test_version_names_what_takes_part_in_a_measurement():
+    done = call("--version")
+    assert done.returncode == 0 and done.stderr == ""
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    versions = machine.versions().items()
+    assert told == {name: number or "(not installed)" for name, number in versions}
+
+
 def test_missing_vllm_says_what_to_install(monkeypatch):
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"vLLM is not installed.*requirements/serve-cpu.txt"):
