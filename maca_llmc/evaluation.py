@@ -5,6 +5,7 @@ the same target tokens under inputs of several lengths, and multiple choice. Wha
 activations do (W8A8) is not in it: for that, measure in vLLM with ``maca-serve accuracy``.
 """
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import tqdm
+from compressed_tensors.offload import remove_dispatch
 from transformers import CompressedTensorsConfig
 
 from maca_llmc import defaults, models, record
@@ -174,6 +176,7 @@ class Reference:
 
     def compare(self, folder: Path) -> dict[str, Any]:
         """Name, path, ``kl`` and ``perplexity`` by length, and ``tasks``, of a checkpoint."""
+        gc.collect()  # models that were dequantized hold themselves, and two may be too much
         model = load_dequantized(str(folder), self._device)
         answers = self._answers(model, folder.name)
         return self._entry(folder.name, str(folder), answers, model)
@@ -304,7 +307,8 @@ def load_dequantized(source: str, device: torch.device) -> Any:
     extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
     with quiet():
         model = models.load_model(source, config, torch.bfloat16, **extra)
-    return model.to(device)
+    # what compressed-tensors dequantized it would hand out on the CPU, wherever it lies
+    return remove_dispatch(model).to(device)
 
 
 def _check_rotations(source: str, quantization: dict[str, Any]) -> None:

@@ -5,7 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import ActivationOrdering, QuantizationStrategy
+from compressed_tensors.quantization import (
+    ActivationOrdering,
+    QuantizationArgs,
+    QuantizationStrategy,
+)
 
 from maca_llmc.asymmetry import asymmetric_block_update
 from maca_llmc.llmcompressor_api import (
@@ -129,14 +133,32 @@ def _block_update(
 ) -> BlockUpdate:
     """A block update, given everything but the block."""
     global_scales = _global_scales([stack[0] for stack in stacks], qparams)
+    scale = _stacked(stacks, lambda module: qparams[module]["scale"])
+    zero_point = _stacked(stacks, lambda module: qparams[module]["zero_point"])
+    if scale.device.type != "cpu":  # where the sweep is ours and takes either sign
+        scale, zero_point, args = positive_scales(scale, zero_point, args)
     return partial(
         update,
-        scale=_stacked(stacks, lambda module: qparams[module]["scale"]),
-        zero_point=_stacked(stacks, lambda module: qparams[module]["zero_point"]),
+        scale=scale,
+        zero_point=zero_point,
         global_scale=None if global_scales is None else torch.stack(global_scales),
         g_idx=_column_groups(args, factors),
         quant_args=args,
     )
+
+
+def positive_scales(
+    scale: torch.Tensor, zero_point: torch.Tensor, args: QuantizationArgs
+) -> tuple[torch.Tensor, torch.Tensor, QuantizationArgs]:
+    """The same values to round to, said without negative scales.
+
+    llm-compressor's CUDA kernel takes every scale below zero for zero. A step of -s with codes -4
+    to 3 is a step of s with codes -3 to 4: those of -4 to 3 around a zero point of -1.
+    """
+    if not (args.symmetric and bool((scale < 0).any())):
+        return scale, zero_point, args
+    asymmetric = args.model_copy(update={"symmetric": False})
+    return scale.abs(), -(scale < 0).to(zero_point.dtype), asymmetric
 
 
 def _column_groups(args: Any, factors: list[Factor]) -> torch.Tensor | None:

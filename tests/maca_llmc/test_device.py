@@ -1,5 +1,7 @@
 """Devices by name, and that all of a run is on the one that was given."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -10,6 +12,8 @@ from tiny import WIDE, random_sequences, random_text
 import maca_llmc
 from maca_llmc.device import resolve_device
 from maca_llmc.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def devices(monkeypatch, count):
@@ -103,11 +107,15 @@ def test_evaluating_and_planning_stay_on_their_device(tiny_models, tmp_path, els
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(random_text()))
     settings = {"text": text, "lengths": [8, 32], "windows": 2, "targets": 4}
-    here = maca_llmc.evaluate(model, [], **settings)
-    there, ran = elsewhere(maca_llmc.evaluate, model, [], **settings)
-    assert ran["aten::embedding"] and ran["aten::mm"]
-    for length, found in there["checkpoints"][0]["perplexity"].items():
-        own = here["checkpoints"][0]["perplexity"][length]
-        assert found["ppl"] == pytest.approx(own["ppl"], rel=1e-3)
+    quantized = quantize(model, tmp_path / "quantized", ROOT / "recipes" / "w8a8.maca.yaml")
+    here = maca_llmc.evaluate(model, [quantized], **settings)
+    _, base_alone = elsewhere(maca_llmc.evaluate, model, [], **settings)
+    there, ran = elsewhere(maca_llmc.evaluate, model, [quantized], **settings)
+    assert ran["aten::embedding"] == 2 * base_alone["aten::embedding"] > 0
+    assert ran["aten::mm"] == 2 * base_alone["aten::mm"] > 0
+    for found, own in zip(there["checkpoints"], here["checkpoints"], strict=True):
+        for length in ("8", "32"):
+            expected = pytest.approx(own["perplexity"][length]["ppl"], rel=5e-3)
+            assert found["perplexity"][length]["ppl"] == expected
     plan, ran = elsewhere(maca_llmc.plan, tmp_path / "out", model=str(model), **DATA)
     assert plan["seconds"] and ran["aten::linalg_cholesky_ex"]

@@ -144,7 +144,7 @@ class Elsewhere:
 
 
 def _run(function, args, kwargs):
-    from maca_llmc import evaluation, hidden_states, prepare
+    from maca_llmc import evaluation, hidden_states, prepare, stacks
 
     if not hasattr(torch, NAME):
         torch.set_num_threads(1)
@@ -156,7 +156,14 @@ def _run(function, args, kwargs):
         put(self, key, hidden)
         assert not any(map(is_there, self._held.values())), "hidden states wait on the device"
 
+    update = stacks.gptq_block_update
+
+    def update_as_on_cuda(block, *tensors, scale, **given):
+        assert not (is_there(block) and (scale < 0).any()), "CUDA's kernel takes these for zero"
+        update(block, *tensors, scale=scale, **given)
+
     with (
+        mock.patch.object(stacks, "gptq_block_update", update_as_on_cuda),
         mock.patch.object(prepare, "resolve_device", device),
         mock.patch.object(evaluation, "resolve_device", device),
         mock.patch.object(hidden_states.HiddenStates, "put", put_on_host),
