@@ -123,12 +123,16 @@ def quantize(
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     config_name: Annotated[str | None, typer.Option(help="Config of a hub data set.")] = None,
     batch_tokens: Annotated[
-        int, typer.Option(help="Tokens that go through a layer together.")
-    ] = defaults.BATCH_TOKENS,
+        int | None,
+        typer.Option(
+            help="Tokens that go through a layer together. Default: 2048, on a GPU 16384."
+        ),
+    ] = None,
     cache_gb: Annotated[
         float | None,
         typer.Option(
-            help="GB of hidden states in memory, the rest on disk. Default: half of what is free."
+            help="GB of hidden states in the host's memory, the rest on disk. Default: half of what"
+            " is free; those that take a quarter of a GPU's free memory at most stay there."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the data's order.")] = 0,

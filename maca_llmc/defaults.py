@@ -9,8 +9,8 @@ SCALES = (128, 256, 512, 1024, 2048)
 TOKENS = 65_536
 """Calibration budget, in tokens."""
 
-BATCH_TOKENS = 2048
-"""Tokens of calibration sequences that go through a layer together."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+"""Tokens of calibration sequences that go through a layer together, by kind of device."""
 
 EVALUATION_LENGTHS = (64, 256, 1024)
 """Input lengths to evaluate at, in tokens."""

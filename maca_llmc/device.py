@@ -1,4 +1,4 @@
-"""The device that llm-compressor is to compute on."""
+"""The device to compute on."""
 
 import torch
 
@@ -21,3 +21,15 @@ def resolve_device(device: str) -> torch.device:
             "give --device cpu, or check the driver and the torch build"
         )
     return torch.device("cuda", int(index or 0))
+
+
+def compute_on(device: torch.device) -> None:
+    """Make a CUDA device this process's current one, and products of float32 exact on it.
+
+    Triton launches on the current device, wherever tensors are. The sweep and the search of scales
+    want float32, which the environment may have turned into TF32
+    (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``, as NVIDIA's containers set it).
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"

@@ -21,8 +21,9 @@ from maca_llmc import defaults, models, record
 from maca_llmc.choices import Question, prompt_tokens, read_questions, score_questions
 from maca_llmc.data import EVALUATION_SAMPLE, read_documents
 from maca_llmc.data.calibration import special_prefix, tokenize
-from maca_llmc.device import resolve_device
+from maca_llmc.device import compute_on, resolve_device
 from maca_llmc.errors import UserError
+from maca_llmc.faults import named_memory
 from maca_llmc.progress import quiet
 
 TOKENS_AT_ONCE = 2048
@@ -106,21 +107,25 @@ def evaluate(
     for folder in map(Path, checkpoints):  # all of them before any model is run
         _check_base(base, config, folder, check_quantized(folder))
     _check_names([Path(folder).name for folder in checkpoints])
-    reference = Reference(
-        base,
-        text=text,
-        lengths=lengths,
-        windows=windows,
-        targets=targets,
-        tasks=tasks,
-        limit=limit,
-        device=device,
-    )
+    with named_memory(
+        "lower --windows, --targets or --lengths", "lower the longest of --lengths, or --device cpu"
+    ):
+        reference = Reference(
+            base,
+            text=text,
+            lengths=lengths,
+            windows=windows,
+            targets=targets,
+            tasks=tasks,
+            limit=limit,
+            device=device,
+        )
+        compared = [reference.compare(Path(folder)) for folder in checkpoints]
     return {
         "machine": record.machine(),
         "versions": record.versions(),
         "settings": reference.settings,
-        "checkpoints": [reference.own, *map(reference.compare, map(Path, checkpoints))],
+        "checkpoints": [reference.own, *compared],
     }
 
 
@@ -143,6 +148,7 @@ class Reference:
         device: str = "auto",
     ) -> None:
         self._device = resolve_device(device)
+        compute_on(self._device)
         source = models.resolve_model(base)
         context = models.context_length(models.load_config(source))
         tokenizer = models.load_tokenizer(source)

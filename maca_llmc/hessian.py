@@ -1,5 +1,6 @@
 """Accumulate a weighted Hessian and prepare it for GPTQ's dampening."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,7 @@ class WeightedHessian:
     def __init__(self, hessian: torch.Tensor) -> None:
         self.hessian = hessian
         self._waiting: dict[float, list[torch.Tensor]] = {}
+        self._rows: Counter[float] = Counter()
 
     def add(self, rows: torch.Tensor, weight: float) -> None:
         """Add rows ``[tokens, d]``, each of them with this weight."""
@@ -39,9 +41,10 @@ class WeightedHessian:
             return
         waiting = self._waiting.setdefault(weight, [])
         waiting.append(rows.clone())  # a view would keep the whole input
-        if sum(map(len, waiting)) >= ROWS_AT_ONCE:
+        self._rows[weight] += len(rows)
+        if self._rows[weight] >= ROWS_AT_ONCE:
             self._add_waiting(weight)
-        elif sum(len(part) for parts in self._waiting.values() for part in parts) >= WAITING:
+        elif self._rows.total() >= WAITING:
             self.settle()
 
     def settle(self) -> None:
@@ -53,10 +56,12 @@ class WeightedHessian:
         """Another one of the same rows."""
         other = WeightedHessian(self.hessian.clone())
         other._waiting = {weight: list(rows) for weight, rows in self._waiting.items()}
+        other._rows = self._rows.copy()
         return other
 
     def _add_waiting(self, weight: float) -> None:
         add_rows(self.hessian, torch.cat(self._waiting.pop(weight)), weight)
+        del self._rows[weight]
 
 
 def add_rows(hessian: torch.Tensor, rows: torch.Tensor, weight: float) -> None:

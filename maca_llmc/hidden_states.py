@@ -6,6 +6,18 @@ from pathlib import Path
 import torch
 
 
+def waiting_place(device: torch.device, size: int) -> torch.device:
+    """Where hidden states wait for the next layer: on a GPU while they leave it room, or the host.
+
+    :param device: computed on
+    :param size: of all of them, in bytes
+    """
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if size <= free // 4 else torch.device("cpu")
+
+
 class HiddenStates:
     """Tensors by key: one per batch, or several where more than one stream goes through.
 

@@ -30,7 +30,7 @@ from maca_llmc.schemes import check_gptaq
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
 from maca_llmc.shared_inputs import Group, Input, SharedInputs
 from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
-from maca_llmc.stacks import quantize_stacks, row_stacks
+from maca_llmc.stacks import cut_batches, quantize_stacks, row_stacks
 from maca_llmc.token_weights import Segment, sequence_segments, total_weight
 
 __all__ = ["MaCaModifier"]
@@ -269,7 +269,8 @@ class MaCaModifier(GPTQModifier):
         """
         hessians = {first: self._completed_hessian(first) for first in module_list}
         alone = [first for first in module_list if len(self._groups[first].members) == 1]
-        for batch in assign_batches(alone, self.batched_quantization, self.block_size):
+        batches = assign_batches(alone, self.batched_quantization, self.block_size)
+        for batch in cut_batches(batches):
             factors = [self._factor(first, hessians[first], _ordered(first)) for first in batch]
             used = [hessians.pop(first) for first in batch]
             self._solve([[first] for first in batch], factors, used, self._feeds(batch, factors))

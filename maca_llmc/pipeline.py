@@ -120,7 +120,7 @@ class LayerPipeline(CalibrationPipeline):
         resources.hidden.device = store
         try:
             check_targets(model, layers)
-            with calibration_forward(model):
+            with calibration_forward(model), disable_offloading():  # embeddings come over once
                 calls = record_batches(model, layers, dataloader, (device, store), resources.hidden)
         except UnsupportedModelError as error:
             logger.warning(
@@ -133,7 +133,7 @@ class LayerPipeline(CalibrationPipeline):
         modifiers = active_session().lifecycle.recipe.modifiers
         if transforms(modifiers):
             # Rotations have just changed what goes into the first layer.
-            with calibration_forward(model), HooksMixin.disable_hooks():
+            with calibration_forward(model), HooksMixin.disable_hooks(), disable_offloading():
                 calls = record_batches(model, layers, dataloader, (device, store), resources.hidden)
         batches = Batches(calls, resources.hidden, device)
         asymmetric = asymmetric_modifiers(modifiers)
@@ -271,7 +271,7 @@ def record_batches(
             recorded.append(move([recorder.call for recorder in recorders], store))
             states.put(str(number), hidden)
     except (TypeError, IndexError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
             raise
         raise UnsupportedModelError(f"{type(error).__name__}: {error}") from error
     finally:

@@ -211,21 +211,23 @@ def estimate_memory(run: Run, solves: list[Solve]) -> dict[str, int]:
     weights = _bytes(run.shapes)
     free = psutil.virtual_memory().available
     limit = max(free - weights, 0) // 2 if run.cache_bytes is None else run.cache_bytes
+    there = hidden if run.hidden_place.type != "cpu" else 0
+    held = min(hidden - there, limit)
     widest = max(solve.width for solve in solves)
     activations = batch * (6 * config.hidden_size + 3 * widest) * size
     activations += min(batch, ROWS_AT_ONCE) * widest * FLOAT32
     working = max(activations, max(_solving(solve) for solve in solves))
     layer = max(layer_hessians(solves).values()) + working
-    host = psutil.Process().memory_info().rss + weights + min(hidden, limit)
+    host = psutil.Process().memory_info().rss + weights + held
     largest = max(_bytes(module) for module in decoder_layers(run.shapes))
     on_host = run.device.type == "cpu"
     return {
         "weights": weights,
         "hidden_states": hidden,
-        "spilled": max(hidden - limit, 0),
+        "spilled": hidden - there - held,
         "one_layer": layer,
         "host": host + max(layer if on_host else largest, checkpoint_bytes(run)),
-        "device": 0 if on_host else largest + layer,
+        "device": 0 if on_host else largest + layer + there,
     }
 
 

@@ -14,9 +14,11 @@ from loguru import logger
 from maca_llmc import defaults, models, record
 from maca_llmc.containers import CONTAINER_BITS, check_container
 from maca_llmc.data import CalibrationSet, build_calibration_set
-from maca_llmc.device import resolve_device
+from maca_llmc.device import compute_on, resolve_device
 from maca_llmc.errors import UserError
 from maca_llmc.files import existing_parent, unwritable_parent
+from maca_llmc.full_precision import asymmetric_modifiers
+from maca_llmc.hidden_states import waiting_place
 from maca_llmc.inspection import DiagonalRecorder, inspected_modules
 from maca_llmc.llmcompressor_api import Recipe
 from maca_llmc.recipes import default_recipe, quantizing_modifiers, read_recipe
@@ -56,6 +58,15 @@ class Run:
         """The one that the run is about: MaCa, where the recipe has it."""
         return self.modifiers[0]
 
+    @property
+    def hidden_place(self) -> torch.device:
+        """Where hidden states wait for the next layer; GPTAQ keeps more of them than fits."""
+        if self.cache_bytes is not None or asymmetric_modifiers(self.modifiers):
+            return torch.device("cpu")
+        config = self.config.get_text_config()
+        size = (config.dtype or torch.bfloat16).itemsize
+        return waiting_place(self.device, sum(self.calibration.lengths) * config.hidden_size * size)
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Note the wall time of a phase, in seconds."""
@@ -77,7 +88,7 @@ def prepare(
     text_column: str | None = None,
     split: str = "train",
     config_name: str | None = None,
-    batch_tokens: int = defaults.BATCH_TOKENS,
+    batch_tokens: int | None = None,
     cache_gb: float | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -96,7 +107,8 @@ def prepare(
     :param balance: "tokens" or "counts": what every scale gets the same of
     :param whole_documents: documents at their natural length instead of windows
     :param text_column: of the data; so ``split`` and ``config_name`` of a hub data set
-    :param batch_tokens: tokens that go through a layer together, in sequences of one length
+    :param batch_tokens: tokens that go through a layer together, in sequences of one length;
+        ``defaults.BATCH_TOKENS`` of the device if None
     :param cache_gb: hidden states to hold in memory, the rest going to disk; half of what is free
         if None
     :param seed: of the order of the data; recorded
@@ -113,6 +125,9 @@ def prepare(
         raise UserError(f"--cache-gb {cache_gb:g}: give 0 or more")
     parsed = read_recipe(recipe) if recipe is not None else None
     target = resolve_device(device)
+    compute_on(target)
+    if batch_tokens is None:
+        batch_tokens = defaults.BATCH_TOKENS.get(target.type, defaults.BATCH_TOKENS["cpu"])
 
     source = models.resolve_model(str(model))
     config = models.load_config(source)

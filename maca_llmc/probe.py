@@ -17,8 +17,10 @@ from maca_llmc.llmcompressor_api import all_experts_on_meta
 from maca_llmc.scales import CANDIDATES, column_costs, search_scales
 from maca_llmc.solve import factorize, sweep
 
-TOKENS = 512
-WIDEST = 1024
+TOKENS = {"cpu": 512, "cuda": 4096}
+WIDEST = {"cpu": 1024, "cuda": 8192}
+"""Large enough that a GPU computes and does not only launch."""
+
 ROWS = 1024
 BLOCK = 128
 REPEATS = 3
@@ -68,8 +70,9 @@ def probe(config: Any, width: int, device: torch.device) -> Speeds:
     :param device: to try it on
     """
     dtype = config.get_text_config().dtype or torch.bfloat16
-    tried = min(width, WIDEST)
-    rows = torch.randn(2 * TOKENS, tried, device=device).to(dtype)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    tried = min(width, WIDEST[kind])
+    rows = torch.randn(2 * TOKENS[kind], tried, device=device).to(dtype)
     hessian = torch.zeros(tried, tried, device=device)
     adding = _seconds(lambda: add_rows(hessian, rows, 1.0), device)
     whole = (rows.float().t() @ rows.float()) / len(rows) + torch.eye(tried, device=device)
@@ -83,7 +86,7 @@ def probe(config: Any, width: int, device: torch.device) -> Speeds:
     energies = part.float().square().sum(dim=1)
     searching = _seconds(lambda: search_scales(part, costs[:columns], energies, SEARCHED), device)
     return Speeds(
-        forward=_forward_speed(config, device),
+        forward=_forward_speed(config, TOKENS[kind], device),
         hessian=hessian_flops(len(rows), tried) / adding,
         factorize=factorize_flops(tried) / factorizing,
         sweep=sweep_flops(ROWS, tried) / sweeping,
@@ -91,7 +94,7 @@ def probe(config: Any, width: int, device: torch.device) -> Speeds:
     )
 
 
-def _forward_speed(config: Any, device: torch.device) -> float:
+def _forward_speed(config: Any, tokens: int, device: torch.device) -> float:
     """Of one decoder layer of the model, of random weights, all experts on."""
     single = copy.deepcopy(config)
     text = single.get_text_config()
@@ -104,10 +107,10 @@ def _forward_speed(config: Any, device: torch.device) -> float:
     for tensor in (*decoder.parameters(), *decoder.buffers()):
         if tensor.is_floating_point():
             tensor.data.normal_(std=0.02)
-    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     with torch.no_grad(), all_experts_on_meta():
         seconds = _seconds(lambda: decoder(input_ids=ids, use_cache=False), device)
-    return (linear * TOKENS + quadratic * TOKENS**2) / seconds
+    return (linear * tokens + quadratic * tokens**2) / seconds
 
 
 def _round_block(

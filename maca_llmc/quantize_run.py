@@ -100,7 +100,9 @@ def _calibrate(run: Run, state: RunState) -> Any:
     names = {module: name for name, module in model.named_modules()}
     tell_calibration(run.calibration.record())
     limit = psutil.virtual_memory().available // 2 if run.cache_bytes is None else run.cache_bytes
-    hidden = HiddenStates(limit, state.folder / "spill")
+    place = run.hidden_place
+    on_host = place.type == "cpu"
+    hidden = HiddenStates(limit, state.folder / "spill") if on_host else HiddenStates()
     passes = forward_passes(run.recipe.modifiers)
     keep_causal_masks(model.config)
     try:
@@ -118,6 +120,7 @@ def _calibrate(run: Run, state: RunState) -> Any:
                 dataset=loader,
                 recipe=run.recipe,
                 pipeline=pipeline.NAME,
+                sequential_offload_device=str(place),
             )
         run.spilled_bytes = hidden.spilled_bytes
     finally:

@@ -1,16 +1,19 @@
 """Devices by name, and that all of a run is on the one that was given."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from checkpoints import DATA, load, quantize
-from pretend_device import Elsewhere
+from pretend_device import NAME, Elsewhere
+from safetensors.torch import load_file
 from tiny import WIDE, random_sequences, random_text
 
 import maca_llmc
-from maca_llmc.device import resolve_device
+from maca_llmc import hidden_states, prepare
+from maca_llmc.device import compute_on, resolve_device
 from maca_llmc.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,29 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, name, count):
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(UserError, match=rf"device '{name}': give auto, cpu, cuda or cuda:N"):
         resolve_device(name)
+
+
+def test_a_cuda_device_becomes_the_current_one_and_computes_float32_as_such(monkeypatch):
+    chosen, products = mock.Mock(), torch.backends.cuda.matmul
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32"
+        compute_on(torch.device("cpu"))
+        assert not chosen.called and products.fp32_precision == "tf32"
+        compute_on(torch.device("cuda", 1))
+        chosen.assert_called_once_with(torch.device("cuda", 1))
+        assert products.fp32_precision == "ieee"
+    finally:
+        products.fp32_precision = before
+
+
+@pytest.mark.parametrize(("free", "place"), [(4000, "cuda:1"), (3999, "cpu")])
+def test_hidden_states_wait_on_a_gpu_while_they_leave_it_room(monkeypatch, free, place):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    gpu = torch.device("cuda", 1)
+    assert hidden_states.waiting_place(gpu, 1000) == torch.device(place)
+    assert hidden_states.waiting_place(torch.device("cpu"), 1) == torch.device("cpu")
 
 
 W4 = {
@@ -100,6 +126,21 @@ def test_a_run_stays_on_its_device(tiny_models, tmp_path, elsewhere, name):
     expected = logits(here)
     apart, lost = (torch.linalg.norm(logits(x) - expected) for x in (tmp_path / "there", model))
     assert apart < lost, "further from the run on the CPU than what both were made from"
+
+
+def quantize_keeping_hidden_states_there(*args, **settings):
+    place = mock.Mock(return_value=torch.device(NAME, 0))
+    with mock.patch.object(prepare, "waiting_place", place):
+        return quantize(*args, **settings)
+
+
+def test_hidden_states_wait_on_a_device_that_has_room(tiny_models, tmp_path, elsewhere):
+    model, recipe = tiny_models("llama", **WIDE), ROOT / "recipes" / "w8a8.maca.yaml"
+    _, on_host = elsewhere(quantize, model, tmp_path / "one", recipe)
+    _, on_device = elsewhere(quantize_keeping_hidden_states_there, model, tmp_path / "two", recipe)
+    assert on_device["aten::_to_copy"] < on_host["aten::_to_copy"]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_evaluating_and_planning_stay_on_their_device(tiny_models, tmp_path, elsewhere):

@@ -238,6 +238,18 @@ def test_a_quantized_base_is_refused(checkpoint):
         evaluate(str(checkpoint), [checkpoint], text=TEXT, lengths=LENGTHS, windows=WINDOWS)
 
 
+def test_a_device_that_is_too_small_is_one_line(base, checkpoint, monkeypatch):
+    def load_model(*args, **extra):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0")
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    match = (
+        r"out of memory on the device \(asked for 2.50 GiB more\): lower the longest of --lengths"
+    )
+    with pytest.raises(UserError, match=match):
+        evaluate(str(base), [checkpoint], text=TEXT, lengths=[40], windows=2)
+
+
 def test_bfloat16_is_what_is_evaluated(base, checkpoint, monkeypatch):
     seen = []
     original = models.load_model

@@ -40,6 +40,20 @@ def test_device_memory_says_how_much_was_asked_for(tmp_path):
         raise torch.OutOfMemoryError(said)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_device_memory_that_a_library_of_cuda_asked_for(tmp_path, error):
+    match = "^out of memory on the device: lower --batch-tokens"  # --cache-gb is of the host's
+    with pytest.raises(UserError, match=match), named_faults(tmp_path):
+        raise error
+
+
 def test_weights_that_cannot_be_mapped_are_a_lack_of_memory(tmp_path):
     said = "unable to mmap 269060552 bytes from file <a/model.safetensors>: Cannot allocate memory"
     with pytest.raises(UserError, match="out of memory"), named_faults(tmp_path):

@@ -158,3 +158,15 @@ def test_a_model_that_works_between_its_layers_is_not_supported():
     with pytest.raises(UnsupportedModelError, match="between its decoder layers"):
         data = loader(random_sequences([8]))
         record_batches(model, list(model.layers), data, (CPU, CPU), HiddenStates())
+
+
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_a_device_reports_is_not_taken_for_a_kind_of_model(fault):
+    class Faulty(Odd):
+        def forward(self, input_ids, attention_mask):
+            raise fault("CUDA error")
+
+    model = Faulty()
+    with pytest.raises(fault, match="CUDA error"):
+        data = loader(random_sequences([8]))
+        record_batches(model, list(model.layers), data, (CPU, CPU), HiddenStates())

@@ -1,9 +1,21 @@
 """What is decided, and said, before the weights are loaded."""
 
+import pytest
+import torch
 from checkpoints import DATA
 from loguru import logger
 
+from maca_llmc import prepare as preparing
 from maca_llmc.prepare import prepare
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("cpu", 2048), ("cuda", 16_384)])
+def test_a_gpu_is_given_more_tokens_at_once(tiny_models, tmp_path, monkeypatch, kind, tokens):
+    monkeypatch.setattr(preparing, "resolve_device", torch.device)
+    monkeypatch.setattr(preparing, "compute_on", lambda device: None)
+    settings = {"model": str(tiny_models("llama")), "device": kind, **DATA}
+    assert prepare(tmp_path / "out", **settings).batch_tokens == tokens
+    assert prepare(tmp_path / "out", **settings, batch_tokens=8).batch_tokens == 8
 
 
 def test_linears_that_vllm_fuses_and_that_differ_are_warned_of(tiny_models, tmp_path):

@@ -6,7 +6,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from maca_llmc import stacks
 from maca_llmc.llmcompressor_api import gptq_block_update
-from maca_llmc.stacks import positive_scales, row_stacks
+from maca_llmc.stacks import cut_batches, positive_scales, row_stacks
 
 GROUP = QuantizationArgs(num_bits=4, strategy="group", group_size=32)
 
@@ -49,6 +49,13 @@ def test_a_stack_has_no_more_rows_than_are_swept_at_once(monkeypatch):
     assert [len(stack) for stack in row_stacks(experts)] == [2, 2, 1]
     wide = module(400)
     assert row_stacks([wide]) == [[wide]], "one module is never split"
+
+
+def test_batches_are_cut_to_what_is_swept_at_once(monkeypatch):
+    monkeypatch.setattr(stacks, "ROWS_PER_STACK", 100)
+    narrow, wide = [module(48) for _ in range(5)], [module(400) for _ in range(2)]
+    one, two, three, four, five = narrow
+    assert cut_batches([narrow, wide]) == [[one, two], [three, four], [five], *([w] for w in wide)]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

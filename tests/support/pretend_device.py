@@ -152,9 +152,12 @@ def _run(function, args, kwargs):
     device = mock.Mock(return_value=torch.device(NAME, 0))
     put = hidden_states.HiddenStates.put
 
-    def put_on_host(self, key, hidden):
+    def put_where_told(self, key, hidden):
         put(self, key, hidden)
-        assert not any(map(is_there, self._held.values())), "hidden states wait on the device"
+        there = self.device.type == NAME
+        assert all(is_there(held) == there for held in self._held.values()), (
+            "not where told to wait"
+        )
 
     update = stacks.gptq_block_update
 
@@ -166,7 +169,7 @@ def _run(function, args, kwargs):
         mock.patch.object(stacks, "gptq_block_update", update_as_on_cuda),
         mock.patch.object(prepare, "resolve_device", device),
         mock.patch.object(evaluation, "resolve_device", device),
-        mock.patch.object(hidden_states.HiddenStates, "put", put_on_host),
+        mock.patch.object(hidden_states.HiddenStates, "put", put_where_told),
         pretending() as counts,
     ):
         return function(*args, **kwargs), counts
