@@ -180,7 +180,7 @@ class Engine:
         handle, name = tempfile.mkstemp(prefix="maca-serve-", suffix=".log")
         self._log = Path(name)
         # By the environment: a command line can be read by everybody on the machine.
-        key = {"VLLM_API_KEY": self.api_key or ""}
+        environment = {"VLLM_API_KEY": self.api_key or "", **_logging()}
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
         command += [str(self.checkpoint.path), "--served-model-name", self.checkpoint.name]
         command += ["--host", self.host, "--port", str(self.port), "--disable-uvicorn-access-log"]
@@ -188,7 +188,7 @@ class Engine:
         with os.fdopen(handle, "w") as log:
             self._process = start_group(
                 command,
-                {**self.fit.environment, **key},
+                {**self.fit.environment, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -257,6 +257,12 @@ class Engine:
         finally:
             if not keep_log and self._log is not None:
                 self._log.unlink(missing_ok=True)
+
+
+def _logging() -> dict[str, str]:
+    """What is read from the log must be in it, plain, whatever the user's environment says."""
+    level = "DEBUG" if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG" else "INFO"
+    return {"VLLM_LOGGING_LEVEL": level, "VLLM_LOGGING_COLOR": "0"}
 
 
 def _healthy(url: str) -> bool:

@@ -24,6 +24,8 @@ _ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<type>\w+(?:Error|Exception)): (?P<messag
 _KILLED = re.compile(r"^(?P<message>Worker proc \S+ died unexpectedly[^,]*)")
 # What the server says of an engine that ended without a word of its own; most such were killed.
 _CORE_GONE = "engine core exited unexpectedly"
+# What gcc says of an extension that is built when it is first used, before Python names the call.
+_COMPILER = re.compile(r"^\S+:\d+:\d+: fatal error: (?P<message>.+)")
 # A flag that vLLM does not know, or a value that it does not take.
 _USAGE = re.compile(r"^[\w.\- ]+: error: (?P<message>.+)")
 # Python's farewell in every stopped engine's log; it says nothing about why it stopped.
@@ -85,6 +87,7 @@ def find_cause(lines: list[str]) -> str | None:
     """
     stripped = [_PREFIX.sub("", line).strip() for line in lines]
     gone = any(_CORE_GONE in line for line in stripped)
+    compiler = next(filter(None, map(_COMPILER.match, stripped)), None)
     disconnected = None
     for number, line in enumerate(stripped):
         if plain := _KILLED.match(line) or _USAGE.match(line):
@@ -96,6 +99,8 @@ def find_cause(lines: list[str]) -> str | None:
         if match["type"] == "ValidationError" and number + 1 < len(stripped):
             # pydantic's first line only counts the errors; the next ones name them.
             message = " ".join(stripped[number + 1 : number + 3])
+        if match["type"] == "CalledProcessError" and compiler:
+            message = f"the compiler said {compiler['message']!r}"
         cause = f"{match['type']}: {message}"
         if match["type"] not in _DISCONNECTED:
             return cause

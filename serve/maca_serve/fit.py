@@ -2,8 +2,9 @@
 
 On a CPU, vLLM's own defaults do not fit a small machine: it would reserve a core for itself, take
 a share of all memory for the KV cache, and compile for half a minute at the first request. With
-CUDA its defaults are good, and are left alone but for one: it refuses to start where the memory
-does not hold one sequence of the model's full context, and is told to shorten the context instead.
+CUDA its defaults are good, and are left alone but for two: it refuses to start where the memory
+does not hold one sequence of the model's full context, and is told to shorten the context instead;
+and where other programs hold more of a card than it leaves free, and is told to take less.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import Any
 
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.errors import UserError
-from maca_serve.machine import available_memory, physical_cpus
+from maca_serve.machine import available_memory, card_memory, physical_cpus
 from maca_serve.ranks import Ranks
 
 GIB = 1024**3
@@ -27,6 +28,12 @@ SEQUENCES = 4
 # Up to this many cores a rank the engine computes on all of them; above, one core a rank is kept
 # for vLLM's scheduler, as its own binding does, which costs little there.
 BIND_ALL_UP_TO = 4
+
+# vLLM takes this share of a card by default, and refuses to start where less is free. Its own CUDA
+# context, about as much as CONTEXT_MIB, counts as taken by then.
+CARD_SHARE = 0.92
+CONTEXT_MIB = 600
+LEAST_SHARE = 0.05
 
 # Of a CPU engine's processes besides weights and KV cache: 1.9 GiB measured with a 135M model, 2.8
 # to 3.2 GiB with layers of an 8B model's shape.
@@ -99,6 +106,8 @@ def fit(
         environment |= _cpu_environment(checkpoint, max_model_len, ranks, threads)
     elif threads is not None:
         raise UserError("--threads: for vLLM's CPU build; this is its CUDA build")
+    else:
+        arguments += _card_share(ranks)
     arguments += ["--max-model-len", str(max_model_len or "auto")]
     words = _words(checkpoint, max_model_len, environment)
     return Fit(arguments, environment, words, ranks.count)
@@ -132,6 +141,21 @@ def _words(checkpoint: Checkpoint, max_model_len: int | None, environment: dict[
         return length
     cache, cores = (environment[f"VLLM_CPU_{n}"] for n in ("KVCACHE_SPACE", "OMP_THREADS_BIND"))
     return f"{length}, KV cache {cache} GiB, bfloat16, cores {cores}"
+
+
+def _card_share(ranks: Ranks) -> list[str]:
+    """Less than vLLM's share of the cards, where other programs leave less."""
+    cards = card_memory()[: ranks.count]
+    share = min(((free - CONTEXT_MIB) / total for free, total in cards), default=1.0)
+    if share >= CARD_SHARE:
+        return []
+    if share < LEAST_SHARE:
+        free, total = min(cards)
+        raise UserError(
+            f"a card has {free} of {total} MiB free: stop what else runs on it (nvidia-smi), or"
+            " choose another with CUDA_VISIBLE_DEVICES"
+        )
+    return ["--gpu-memory-utilization", f"{math.floor(100 * share) / 100}"]
 
 
 def _usual_length(checkpoint: Checkpoint) -> int:

@@ -109,9 +109,35 @@ def _version(name: str) -> str | None:
         return None
 
 
+def card_memory() -> list[tuple[int, int]]:
+    """Free and total MiB of each card that this process may use, in CUDA's order.
+
+    Empty where `nvidia-smi` does not say.
+    """
+    rows = [
+        line.split(", ") for line in _ask_cards("index,uuid,memory.free,memory.total", "nounits")
+    ]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        wanted = [name.strip() for name in visible.split(",")]
+        rows = [row for name in wanted for row in rows if name and name in (row[0], row[1])]
+    try:
+        return [(int(free), int(total)) for _, _, free, total in rows]
+    except ValueError:
+        return []  # parts of a card have no memory of their own in this list
+
+
 def _gpus() -> list[str]:
+    return _ask_cards("name,memory.total,compute_cap")
+
+
+def _ask_cards(fields: str, *style: str) -> list[str]:
+    """A line of `nvidia-smi` for each card."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
+    form = ",".join(["csv", "noheader", *style])
+    query = ["nvidia-smi", f"--query-gpu={fields}", f"--format={form}"]
     found = subprocess.run(query, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        return []  # what it prints then is why: no driver, or no card
     return [line.strip() for line in found.stdout.splitlines() if line.strip()]

@@ -5,9 +5,11 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import psutil
@@ -42,7 +44,8 @@ def start_group(
     with _signals_deferred():
         process = subprocess.Popen(
             command,
-            env={**os.environ, **environment},
+            # vLLM looks for programs that its environment brings (ninja, nvcc) in the PATH
+            env={**os.environ, "PATH": _path(), **environment},
             start_new_session=True,
             text=True,
             **streams,  # type: ignore[call-overload]
@@ -54,6 +57,11 @@ def start_group(
             process.wait()
             raise
     return process
+
+
+def _path() -> str:
+    """The PATH as in this Python's environment, whether that is activated or not."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def stop_group(process: subprocess.Popen[str]) -> None:

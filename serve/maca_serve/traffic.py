@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from maca_serve.checkpoint import Checkpoint
-from maca_serve.doctor.headers import Tensor, read_headers
+from maca_serve.doctor.headers import read_headers
 from maca_serve.enginelog import find_cache, find_weights_memory
 from maca_serve.errors import UserError
 
@@ -84,9 +84,4 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
     rest = [tensor for tensor in tensors if tensor not in embeddings]
     if not any(_HEAD.search(tensor.name) for tensor in rest):
         rest.append(embeddings[0])
-    return sum(map(_read_bytes, rest))
-
-
-def _read_bytes(tensor: Tensor) -> int:
-    wide = tensor.dtype == "F32" and tensor.name.endswith(".weight")
-    return tensor.size // 2 if wide else tensor.size
+    return sum(tensor.loaded_bytes for tensor in rest)

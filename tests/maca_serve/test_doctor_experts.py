@@ -194,32 +194,28 @@ def test_ranks_share_experts(hopper):
         assert entry["down"]["partition"] == [512, 128]
 
 
-def test_hopper_takes_marlin(hopper):
+def test_hopper_takes_humming(hopper):
+    """Which comes with the CUDA build that is not the one here."""
     for entry in of_experts(hopper):
-        assert entry["kernel"] == entry["roomy_kernel"] == "MarlinExperts"
+        assert entry["kernel"] == entry["roomy_kernel"] == "HummingIndexedExperts"
+    assert changed(hopper, "w3")["kernel"] == "HummingIndexedExperts"
     asymmetric = changed(hopper, "w4, asymmetric")
     assert asymmetric["kernel"] == "MarlinExperts"
     refused = reasons(asymmetric)["TrtLlmMxint4ExpertsMonolithic"]
     assert refused == "zero points and bias are not supported"
 
 
-def test_a_missing_package_is_a_condition(hopper):
-    entry = changed(hopper, "w3")
-    assert entry["kernel"] is None
-    assert entry["with_packages"] == {
-        "kernel": "HummingIndexedExperts",
-        "needs": ["humming"],
-        "install": ["humming-kernels"],
-    }
-
-
 def test_a_missing_package_may_bring_a_better_class(hopper):
     entry = changed(hopper, "fp8, static")
     assert entry["kernel"] == "TritonOrCutlassExperts"
-    assert entry["with_packages"]["kernel"] == "FlashInferExperts"
+    assert entry["with_packages"] == {
+        "kernel": "FlashInferExperts",
+        "needs": ["flashinfer"],
+        "install": ["flashinfer-cubin"],
+    }
     needs = {refusal["kernel"]: refusal["needs"] for refusal in entry["refusals"]}
     assert needs["FlashInferExperts"] == ["flashinfer"]
-    assert needs["TritonOrDeepGemmExperts"] == ["deep_gemm"]
+    assert needs["TritonOrDeepGemmExperts"] == []
 
 
 def test_attention_has_heads_of_64_and_not_of_60(here, wrong, hopper):

@@ -38,6 +38,12 @@ def test_types(tmp_path, dtype, size):
     assert read_headers(tmp_path)["a"].dtype == dtype
 
 
+def test_32_bit_weights_take_half_in_the_engine(tmp_path):
+    data = {"a.weight": ("F32", [4], bytes(16)), "b.weight_scale": ("F32", [4], bytes(16))}
+    write(tmp_path / "model.safetensors", data)
+    assert [tensor.loaded_bytes for tensor in read_headers(tmp_path).values()] == [8, 16]
+
+
 def test_four_bit_floats_take_half_a_byte(tmp_path):
     write(tmp_path / "model.safetensors", {"a": ("F4", [4], bytes(2))})
     assert read_headers(tmp_path)["a"].shape == (4,)

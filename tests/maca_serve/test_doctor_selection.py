@@ -268,20 +268,16 @@ def test_groups_that_ranks_would_tear_apart(hopper):
     assert "not divisible by group_size=128" in entry["error"]
 
 
-def test_a_missing_package_is_a_condition(hopper):
+def test_what_comes_with_the_cuda_build_is_no_condition(hopper):
     for entry in variant(hopper, "w3")["layers"]:
-        assert entry["kernel"] is None
-        assert entry["with_packages"] == {
-            "kernel": "HummingLinearKernel",
-            "needs": ["humming"],
-            "install": ["humming-kernels"],
-        }
+        assert entry["kernel"] == "HummingLinearKernel"
+        assert "with_packages" not in entry
 
 
 def test_ampere_runs_fp8_weight_only(ampere, hopper):
     entry = layer(variant(ampere, "fp8")["layers"], "o_proj")
     assert entry["scheme"] == "CompressedTensorsW8A16Fp8"
-    assert entry["kernel"] == "MarlinFP8ScaledMMLinearKernel"
+    assert entry["kernel"] == "HummingFP8ScaledMMLinearKernel"
     entry = layer(variant(hopper, "fp8")["layers"], "o_proj")
     assert entry["scheme"] == "CompressedTensorsW8A8Fp8"
     assert entry["kernel"] == "CutlassFP8ScaledMMLinearKernel"

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 from maca_serve import engine as module
 from maca_serve.checkpoint import open_checkpoint
@@ -57,6 +58,16 @@ def test_settings_reach_vllm(fake_vllm, quantized):
     assert "'--max-model-len', '77'" in first
     assert "'--served-model-name', 'name'" in first
     assert "'--host', '127.0.0.1'" in first
+
+
+@pytest.mark.parametrize(("level", "used"), [("WARNING", "INFO"), ("DEBUG", "DEBUG")])
+def test_what_is_read_from_the_log_is_in_it_and_plain(engine, monkeypatch, level, used):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with engine:
+        leader = psutil.Process(worker_of(engine)).parent()
+        assert leader.environ()["VLLM_LOGGING_LEVEL"] == used
+        assert leader.environ()["VLLM_LOGGING_COLOR"] == "0", "goes before FORCE_COLOR"
 
 
 def test_failing_start_names_the_cause_and_shows_the_log(fake_vllm, engine, quantized):

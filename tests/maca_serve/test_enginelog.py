@@ -78,6 +78,18 @@ def test_the_first_hand_cause_is_found():
     )
 
 
+def test_a_compiler_that_fails_says_why():
+    lines = [
+        WORKER + "Starting to load model",
+        "/tmp/tmp1/driver.c:6:10: fatal error: Python.h: No such file or directory",
+        CORE + "subprocess.CalledProcessError: Command '['/usr/bin/gcc']' returned 1",
+    ]
+    said = "'Python.h: No such file or directory'"
+    assert find_cause(lines) == f"CalledProcessError: the compiler said {said}"
+    other = CORE + "ValueError: something else"
+    assert find_cause([*lines[:2], other]) == "ValueError: something else"
+
+
 def test_a_killed_worker_is_the_cause_of_what_follows():
     lines = [
         CORE + "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down.",

@@ -10,9 +10,10 @@ CPU, CUDA = "0.32.0+cpu", "0.32.0"
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """Two cores with 8 GiB free, and nothing set by the user."""
+    """Two cores with 8 GiB free, no card, and nothing set by the user."""
     monkeypatch.setattr(module, "physical_cpus", lambda: [0, 2])
     monkeypatch.setattr(module, "available_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(module, "card_memory", list)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
 
@@ -119,6 +120,29 @@ def test_cuda_keeps_the_defaults(quantized):
     assert fit(open_checkpoint(quantized), CUDA).arguments == ["--max-model-len", "auto"]
     settings = fit(open_checkpoint(quantized), CUDA, max_model_len=100)
     assert settings.arguments == ["--max-model-len", "100"]
+
+
+@pytest.mark.parametrize(
+    ("cards", "ranks", "share"),
+    [
+        ([(80_000, 81_559)], 1, None),
+        ([(21_000, 24_000)], 1, "0.85"),
+        ([(80_000, 81_559), (40_000, 81_559)], 1, None),
+        ([(80_000, 81_559), (40_000, 81_559)], 2, "0.48"),
+        ([], 1, None),
+    ],
+)
+def test_a_card_that_others_use_is_shared(quantized, monkeypatch, cards, ranks, share):
+    monkeypatch.setattr(module, "card_memory", lambda: cards)
+    settings = fit(open_checkpoint(quantized), CUDA, ranks=Ranks(ranks))
+    assert ("--gpu-memory-utilization" in settings.arguments) == (share is not None)
+    assert share is None or option(settings, "--gpu-memory-utilization") == share
+
+
+def test_a_card_that_others_fill_is_refused(quantized, monkeypatch):
+    monkeypatch.setattr(module, "card_memory", lambda: [(900, 24_000)])
+    with pytest.raises(UserError, match="900 of 24000 MiB free: stop what else runs on it"):
+        fit(open_checkpoint(quantized), CUDA)
 
 
 @pytest.mark.parametrize("version", [CPU, CUDA])

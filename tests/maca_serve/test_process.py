@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -104,6 +105,13 @@ time.sleep(99)
         time.sleep(0.1)
     assert not alive(started) and alive(forked)
     os.kill(forked, signal.SIGKILL)
+
+
+def test_programs_of_the_environment_are_found_where_it_is_not_activated(monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    process = start_group(["sh", "-c", "echo $PATH"], {}, stdout=subprocess.PIPE)
+    assert process.communicate()[0] == f"{Path(sys.executable).parent}:/usr/bin:/bin\n"
+    stop_group(process)
 
 
 def test_no_guard_stays():

@@ -18,9 +18,11 @@ from maca_serve.doctor.operators import missing_ops
 from maca_serve.doctor.quant_config import capability_of, parse, refusal
 from maca_serve.doctor.simulation import (
     PACKAGES,
+    WITH_CUDA,
     Availability,
     assume_compiled,
     packages,
+    recompute,
     simulate,
 )
 from maca_serve.doctor.trace import CANNOT_BE_ASKED, Recorder, kernels
@@ -45,7 +47,8 @@ def answer(question: dict[str, Any]) -> Answer:
 
     def about(wanted: int | None) -> Answer:
         simulated, target = _become(wanted, question["tensor_parallel"])
-        found = {"refused": None} if chooser is None else chooser.answer(simulated)
+        brought = WITH_CUDA if target["compiled_code_assumed"] else frozenset()
+        found = {"refused": None} if chooser is None else chooser.answer(simulated, brought)
         return {"vllm": vllm.__version__, "target": target, "unasked": unasked, **found}
 
     wanted = question["capabilities"]
@@ -62,7 +65,9 @@ def _become(wanted: int | None, tensor_parallel: int) -> tuple[bool, Answer]:
     simulated = wanted is not None and wanted != capability_of(current_platform)
     if simulated and wanted is not None:
         simulate(wanted, compiled)
-        if not compiled:
+        if compiled:
+            recompute(wanted)
+        else:
             assume_compiled(wanted)
     return simulated, {
         "name": _target_name(current_platform),
@@ -123,12 +128,12 @@ class _Chooser:
         names = sorted(self.quantized.intersection(modules))
         return [{"reason": one_line(error), "modules": names}] if names else []
 
-    def answer(self, simulated: bool) -> Answer:
+    def answer(self, simulated: bool, brought: frozenset[str]) -> Answer:
         """Layers and variants on the platform as it is now."""
         from vllm.platforms import current_platform
 
         self.simulated = simulated
-        self.availability = Availability()
+        self.availability = Availability(brought)
         capability = capability_of(current_platform)
         self.recorder = Recorder(self.availability, capability, forgiving=simulated)
         quantization = self.question["config"]["quantization_config"]

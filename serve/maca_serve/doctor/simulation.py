@@ -16,12 +16,18 @@ from unittest.mock import patch
 PACKAGES = {
     "humming": "humming-kernels",
     "conch": "conch-triton-kernels",
-    "flashinfer": "flashinfer-python",
+    # The kernels that FlashInfer, which vLLM's CUDA build requires, would else make with nvcc.
+    "flashinfer": "flashinfer-cubin",
     "deep_gemm": "deep-gemm",
     "fbgemm_gpu": "fbgemm-gpu-genai",
     # Built for one release of torch: what vLLM's extra `zen` asks for.
     "zentorch": "zentorch==2.13.0.1",
 }
+
+
+# What vLLM's CUDA build brings along: 0.32.0 requires the one and has the other in its wheel. It
+# requires FlashInfer, too, which then counts only where nvcc and ninja are found.
+WITH_CUDA = frozenset({"humming", "deep_gemm"})
 
 
 # The only answers of vLLM's that stand in C++ (csrc/libtorch_stable/quantization, CUDA 12.8 and
@@ -42,7 +48,13 @@ class Availability:
         missing: import names that were asked for since the last `clear` and are not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, brought: frozenset[str] = frozenset()) -> None:
+        """Nobody has asked yet.
+
+        Args:
+            brought: import names of what comes with a build of vLLM that is not the one here.
+        """
+        self._brought = brought
         self.pretend = False
         self.missing: set[str] = set()
 
@@ -52,8 +64,10 @@ class Availability:
 
     def answer(self, name: str, installed: bool) -> bool:
         """Whether to say that the package is there."""
-        if installed or name not in PACKAGES:
-            return installed
+        if installed or name in self._brought:
+            return True
+        if name not in PACKAGES:
+            return False
         self.missing.add(name)
         return self.pretend
 
@@ -96,22 +110,31 @@ def _cuda_platform() -> type:
     return CudaPlatformBase
 
 
-def assume_compiled(capability: int) -> None:
-    """Answer for the compiled half of vLLM's CUDA build, where it is not installed.
+def recompute(capability: int) -> None:
+    """What vLLM's CUDA build computed on the card at hand, for the one simulated.
 
     Args:
         capability: of the simulated card.
     """
     from vllm.model_executor.kernels.linear.scaled_mm import cutlass
 
+    least = COMPILED["cutlass_scaled_mm_supports_block_fp8"]
+    cutlass.CUTLASS_BLOCK_FP8_SUPPORTED = capability >= least
+
+
+def assume_compiled(capability: int) -> None:
+    """Answer for the compiled half of vLLM's CUDA build, where it is not installed.
+
+    Args:
+        capability: of the simulated card.
+    """
     answers = {name: _always(capability >= least) for name, least in COMPILED.items()}
     holders = [module for name, module in sys.modules.items() if name.startswith("vllm.")]
     for module in holders:
         for name, function in answers.items():
             if name in vars(module):
                 setattr(module, name, function)
-    # Computed while vLLM was imported, on the platform before.
-    cutlass.CUTLASS_BLOCK_FP8_SUPPORTED = answers["cutlass_scaled_mm_supports_block_fp8"](0)
+    recompute(capability)
 
 
 def _always(value: bool) -> Callable[..., bool]:

@@ -63,7 +63,7 @@ def verify(
     layers = _diagnose(checkpoint, ranks) if checkpoint.quantized else None
     run = _run_engine(checkpoint, version, prompts, ranks)
     checks = [check_kernel(run.log, layers)]
-    checks.append(check_memory(run.log, _file_bytes(checkpoint), ranks.count))
+    checks.append(check_memory(run.log, _loaded_bytes(checkpoint), ranks.count))
     checks.append(check_scales(read_headers(checkpoint.path)))
     if run.answers is None:
         checks += [Check("finite", FAIL, run.broken), not_checked("agreement", run.broken)]
@@ -107,9 +107,8 @@ def _diagnose(checkpoint: Checkpoint, ranks: Ranks) -> list[dict[str, Any]]:
     return layers
 
 
-def _file_bytes(checkpoint: Checkpoint) -> int:
-    files = {tensor.file for tensor in read_headers(checkpoint.path).values()}
-    return sum(file.stat().st_size for file in files)
+def _loaded_bytes(checkpoint: Checkpoint) -> int:
+    return sum(tensor.loaded_bytes for tensor in read_headers(checkpoint.path).values())
 
 
 def _run_engine(checkpoint: Checkpoint, version: str, prompts: list[Prompt], ranks: Ranks) -> _Run:
