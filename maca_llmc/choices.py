@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from maca_llmc.device import fast_linears
 from maca_llmc.errors import UserError
 
 
@@ -115,7 +116,8 @@ def prompt_tokens(questions: Sequence[Question]) -> int:
 def _log_probabilities(model: Any, batch: list[tuple[int, int, tuple[int, ...], int]]) -> list:
     ids = torch.tensor([prompt for _, _, prompt, _ in batch], device=model.device)
     longest = max(size for *_, size in batch)
-    logits = model(ids, logits_to_keep=longest + 1).logits[:, :-1].float()
+    with fast_linears(model.device):
+        logits = model(ids, logits_to_keep=longest + 1).logits[:, :-1].float()
     targets = ids[:, -longest:]
     found = logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
     return [float(row[-size:].sum()) for row, (*_, size) in zip(found, batch, strict=True)]

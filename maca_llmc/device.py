@@ -1,6 +1,12 @@
-"""The device to compute on."""
+"""The device to compute on, and how it multiplies."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from maca_llmc.errors import UserError
 
@@ -33,3 +39,37 @@ def compute_on(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def fast_linears(device: torch.device) -> AbstractContextManager[Any]:
+    """While open, Linears of bfloat16 models do not wait for a CPU that multiplies them slowly.
+
+    Where torch has AVX2 only it multiplies bfloat16 number by number, at a sixth of the speed of
+    float32 (seen in 2.13.0+cpu). There the product is taken in float32 and rounded once, which is
+    what units for bfloat16 do, too. Anywhere else nothing changes.
+    """
+    slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return Float32Linears() if slow else nullcontext()
+
+
+class Float32Linears(TorchFunctionMode):
+    """Every Linear of bfloat16 is a product of float32 copies, rounded to bfloat16."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Called by torch in place of any function of its own."""
+        return (_rounded_linear if function is linear else function)(*args, **(kwargs or {}))
+
+
+def _rounded_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    if input.dtype != torch.bfloat16:
+        return linear(input, weight, bias)
+    product = linear(input.float(), weight.float(), None if bias is None else bias.float())
+    return product.to(input.dtype)

@@ -21,7 +21,7 @@ from maca_llmc import defaults, models, record
 from maca_llmc.choices import Question, prompt_tokens, read_questions, score_questions
 from maca_llmc.data import EVALUATION_SAMPLE, read_documents
 from maca_llmc.data.calibration import special_prefix, tokenize
-from maca_llmc.device import compute_on, resolve_device
+from maca_llmc.device import compute_on, fast_linears, resolve_device
 from maca_llmc.errors import UserError
 from maca_llmc.faults import named_memory
 from maca_llmc.progress import quiet
@@ -194,7 +194,8 @@ class Reference:
         with tqdm.tqdm(total=total, desc=name, unit="token") as bar:
             for length, ids in self._inputs.items():
                 for batch in ids.split(max(1, TOKENS_AT_ONCE // length)):
-                    output = model(batch.to(model.device), logits_to_keep=self._targets + 1)
+                    with fast_linears(model.device):
+                        output = model(batch.to(model.device), logits_to_keep=self._targets + 1)
                     for window, logits in zip(batch, output.logits[:, :-1].cpu(), strict=True):
                         yield length, window[-self._targets :], logits
                     bar.update(batch.numel())

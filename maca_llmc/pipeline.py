@@ -20,6 +20,7 @@ import torch
 from loguru import logger
 from torch.utils._pytree import tree_map
 
+from maca_llmc.device import fast_linears
 from maca_llmc.faults import is_out_of_memory
 from maca_llmc.full_precision import FullStream, asymmetric_modifiers
 from maca_llmc.hidden_states import HiddenStates
@@ -173,7 +174,8 @@ class Batches:
             active_session().state.current_batch_idx = number
             args, kwargs = move(by_layer[index], self.device)
             key = f"{stream}{number}"
-            output = layer(self.hidden.get(key).to(self.device), *args, **kwargs)
+            with fast_linears(self.device):
+                output = layer(self.hidden.get(key).to(self.device), *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
             yield key, output
 

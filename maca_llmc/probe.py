@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from maca_llmc import models
 from maca_llmc.compiled_sweep import sweep_block
+from maca_llmc.device import fast_linears
 from maca_llmc.distinct_inputs import forward_flops
 from maca_llmc.hessian import add_rows
 from maca_llmc.llmcompressor_api import all_experts_on_meta
@@ -108,7 +109,7 @@ def _forward_speed(config: Any, tokens: int, device: torch.device) -> float:
         if tensor.is_floating_point():
             tensor.data.normal_(std=0.02)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    with torch.no_grad(), all_experts_on_meta():
+    with torch.no_grad(), all_experts_on_meta(), fast_linears(device):
         seconds = _seconds(lambda: decoder(input_ids=ids, use_cache=False), device)
     return (linear * tokens + quadratic * tokens**2) / seconds
 

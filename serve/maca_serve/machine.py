@@ -58,16 +58,20 @@ def versions() -> dict[str, str | None]:
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores this process may use, memory in bytes, instruction sets, CUDA devices."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    flags = set(_field(text, "flags").split())
+    name = _field(_cpu_info(), "model name")
     return {
-        "cpu": _field(text, "model name") or platform.processor() or platform.machine(),
+        "cpu": name or platform.processor() or platform.machine(),
         "cores": len(physical_cpus()),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "cpu_flags": cpu_flags(),
         "gpus": _gpus(),
     }
+
+
+def cpu_flags() -> list[str]:
+    """Those of CPU_FLAGS that this processor has."""
+    flags = set(_field(_cpu_info(), "flags").split())
+    return [flag for flag in CPU_FLAGS if flag in flags]
 
 
 def physical_cpus() -> list[int]:
@@ -92,6 +96,11 @@ def available_memory() -> int:
     if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free
+
+
+def _cpu_info() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.is_file() else ""
 
 
 def _field(text: str, name: str) -> str:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny import WIDE, random_sequences, random_text
 
 import maca_llmc
-from maca_llmc import hidden_states, prepare
-from maca_llmc.device import compute_on, resolve_device
+from maca_llmc import device, hidden_states, prepare
+from maca_llmc.device import compute_on, fast_linears, resolve_device
 from maca_llmc.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +51,40 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, name, count):
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(UserError, match=rf"device '{name}': give auto, cpu, cuda or cuda:N"):
         resolve_device(name)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16_linears_are_rounded_once_where_the_cpu_has_no_units_for_them(monkeypatch, bias):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    module = torch.nn.Linear(96, 40, bias=bias).bfloat16()
+    rows = torch.randn(64, 96, generator=torch.manual_seed(0)).bfloat16()
+    with torch.no_grad(), fast_linears(torch.device("cpu")):
+        found = module(rows)
+    exact = rows.double() @ module.weight.double().T + (module.bias.double() if bias else 0)
+    assert found.dtype == torch.bfloat16
+    differ = found != exact.bfloat16()
+    assert differ.float().mean() < 0.01  # ties of float32's own rounding
+    steps = found.double().abs()[differ] * torch.finfo(torch.bfloat16).eps
+    assert ((found.double() - exact).abs()[differ] <= steps).all()
+
+
+@pytest.mark.parametrize(("capability", "used"), [("AVX2", True), ("AVX512", False)])
+def test_only_slow_products_are_replaced(monkeypatch, capability, used):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    calls = []
+    monkeypatch.setattr(device, "_rounded_linear", lambda *args: calls.append(args) or args[0])
+    with torch.no_grad(), fast_linears(torch.device("cpu")):
+        torch.nn.Linear(4, 4).bfloat16()(torch.ones(1, 4, dtype=torch.bfloat16))
+    assert bool(calls) is used
+
+
+def test_float32_linears_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    module, rows = torch.nn.Linear(96, 40), torch.randn(64, 96)
+    with torch.no_grad():
+        expected = module(rows)
+        with fast_linears(torch.device("cpu")):
+            assert torch.equal(module(rows), expected)
 
 
 def test_a_cuda_device_becomes_the_current_one_and_computes_float32_as_such(monkeypatch):

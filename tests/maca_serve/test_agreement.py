@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import four_bits
 import pytest
 from maca_serve import up
 
@@ -19,7 +20,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["base", "w4a16", "w3-in-4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base",
+        pytest.param("w4a16", marks=four_bits.needed),
+        pytest.param("w3-in-4", marks=four_bits.needed),
+    ],
+)
 def test_log_probabilities_agree_with_transformers(name):
     reference = json.loads(Path(FOLDER, "reference.json").read_text())
     with up(Path(FOLDER, name), port=None, max_model_len=512) as engine:

@@ -11,6 +11,7 @@ import pytest
 from maca_serve import machine
 from maca_serve.cli import app
 from maca_serve.errors import UserError
+from maca_serve.fit import cpu_dtype
 from typer.testing import CliRunner
 
 MAIN = [sys.executable, "-c", "from maca_serve.cli import main; main()"]
@@ -44,7 +45,7 @@ def test_up_until_a_signal(fake_vllm, quantized, number, code, alive):
     process, lines = start_up(quantized, 18431)
     assert lines[0] == "w4: W4A16 int, group 64, symmetric"
     assert lines[1] == "kernel: CPUWNA16LinearKernel"
-    assert lines[2].startswith("fit:    512 tokens, KV cache 1 GiB, bfloat16, cores ")
+    assert lines[2].startswith(f"fit:    512 tokens, KV cache 1 GiB, {cpu_dtype()}, cores ")
     assert lines[3] == "url:    http://127.0.0.1:18431/v1"
     assert lines[5].startswith("try:    curl http://127.0.0.1:18431/v1/completions -H")
     log = Path(lines[4].split()[1]).read_text()

@@ -14,6 +14,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(module, "physical_cpus", lambda: [0, 2])
     monkeypatch.setattr(module, "available_memory", lambda: 8 * GIB)
     monkeypatch.setattr(module, "card_memory", list)
+    monkeypatch.setattr(module, "cpu_flags", lambda: ["avx2", "avx512f"])
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
 
@@ -31,6 +32,27 @@ def test_small_cpu(quantized):
     assert settings.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert settings.environment["VLLM_CPU_INT4_W4A8"] == "0", "W4A16 is to be served as W4A16"
     assert "--trust-remote-code" not in settings.arguments
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        (["avx2"], "float32"),
+        (["avx2", "avx512f"], "bfloat16"),
+        (["avx2", "avx512f", "amx_bf16"], "bfloat16"),
+        ([], "bfloat16"),  # not x86
+    ],
+)
+def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(
+    make_checkpoint, monkeypatch, flags, dtype
+):
+    monkeypatch.setattr(module, "cpu_flags", lambda: flags)
+    checkpoint = open_checkpoint(make_checkpoint("m", weights=1000))
+    settings = fit(checkpoint, CPU)
+    assert option(settings, "--dtype") == dtype
+    assert f" {dtype}, " in settings.words
+    weights = 2000 if dtype == "float32" else 1000
+    assert memory_needed(checkpoint, settings) == weights + GIB + ENGINE_BYTES
 
 
 def test_long_context_is_cut_on_a_cpu_unless_asked_for(make_checkpoint):
@@ -157,6 +179,7 @@ def test_cache_grows_with_the_model(make_checkpoint):
     shape = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128}
     checkpoint = open_checkpoint(make_checkpoint("8b", max_position_embeddings=4096, **shape))
     assert kv_bytes_per_token(checkpoint.config) == 2 * 2 * 32 * 8 * 128
+    assert kv_bytes_per_token(checkpoint.config, "float32") == 2 * 4 * 32 * 8 * 128
     # Half a GiB for each of 4 sequences.
     assert fit(checkpoint, CPU).environment["VLLM_CPU_KVCACHE_SPACE"] == "2"
 

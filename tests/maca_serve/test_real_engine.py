@@ -5,6 +5,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import four_bits
 import psutil
 import pytest
 import torch
@@ -40,7 +41,7 @@ Milk comes from: stones, cows
 
 @pytest.fixture
 def checkpoints() -> tuple[Path, Path]:
-    return Path(FOLDER, "base"), Path(FOLDER, "w4a16")
+    return Path(FOLDER, "base"), Path(FOLDER, four_bits.LOW_BIT)
 
 
 @pytest.fixture

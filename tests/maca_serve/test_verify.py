@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+import four_bits
 import pytest
 import torch
 from maca_serve import cli, verify
@@ -218,7 +219,7 @@ def test_the_table_shows_every_check_and_its_limit(checkpoint):
 
 @pytest.mark.engine
 @pytest.mark.skipif(FOLDER is None, reason="MACA_TEST_CHECKPOINTS names no folder")
-@pytest.mark.parametrize("name", ["w3-in-4", "w8a8"])
+@pytest.mark.parametrize("name", [pytest.param("w3-in-4", marks=four_bits.needed), "w8a8"])
 def test_verify_passes_a_real_checkpoint_in_the_real_engine(name):
     result = verify(Path(FOLDER, name), base=Path(FOLDER, "base"))
     print(*(f"{c['name']}: {c['status']} {c['found']}" for c in result["checks"]), sep="\n")
