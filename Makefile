@@ -11,6 +11,9 @@ SERVE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 QUANTIZE := .venv/bin
 ENGINE := .venv-serve/bin
 DEMO := runs/demo
+# vLLM's CPU build has no 4-bit kernel for x86 without AVX-512.
+SERVED := $(if $(and $(filter cpu,$(SERVE)),$(shell grep -m1 -sw avx2 /proc/cpuinfo | grep -vw avx512f)),maca-w8a8,gptq maca maca-w8a8)
+SHOWN := $(or $(word 2,$(SERVED)),$(SERVED))
 
 .PHONY: setup demo test lint format clean
 
@@ -47,10 +50,14 @@ demo: setup
 	$(QUANTIZE)/maca-llmc quantize --output $(DEMO)/maca-w8a8 --overwrite \
 	    --recipe recipes/w8a8.maca.yaml --scales 128,256,512,2048 --tokens 16384
 	$(QUANTIZE)/maca-llmc embedded-model $(DEMO)/base
-	$(ENGINE)/maca-serve compare $(DEMO)/base $(DEMO)/gptq $(DEMO)/maca $(DEMO)/maca-w8a8 --output $(DEMO)
+ifeq ($(SERVED),maca-w8a8)
+	@echo "this CPU has no AVX-512, and vLLM no 4-bit kernel for it: 4-bit models are compared in transformers"
+	$(QUANTIZE)/maca-llmc evaluate $(DEMO)/base $(DEMO)/gptq $(DEMO)/maca --windows 6
+endif
+	$(ENGINE)/maca-serve compare $(DEMO)/base $(SERVED:%=$(DEMO)/%) --output $(DEMO)
 	@echo "report: $(DEMO)/report.html"
-	@echo "serve:  .venv-serve/bin/maca-serve up $(DEMO)/maca"
-	@echo "or plain: VLLM_CPU_INT4_W4A8=0 .venv-serve/bin/vllm serve $(DEMO)/maca --host 127.0.0.1 --max-model-len 2048"
+	@echo "serve:  .venv-serve/bin/maca-serve up $(DEMO)/$(SHOWN)"
+	@echo "or plain: VLLM_CPU_INT4_W4A8=0 .venv-serve/bin/vllm serve $(DEMO)/$(SHOWN) --host 127.0.0.1 --max-model-len 2048"
 
 TESTED := runs/test-checkpoints
 

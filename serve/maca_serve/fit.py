@@ -127,12 +127,13 @@ def cpu_dtype() -> str:
 def memory_needed(checkpoint: Checkpoint, settings: Fit) -> int:
     """Bytes that a CPU engine takes: its weights, its KV cache, and the processes themselves."""
     cache = int(float(settings.environment["VLLM_CPU_KVCACHE_SPACE"]) * GIB)
-    return _weights_bytes(checkpoint) + settings.ranks * (cache + ENGINE_BYTES)
+    dtype = "float32" if "float32" in settings.arguments else "bfloat16"
+    return _weights_bytes(checkpoint, dtype) + settings.ranks * (cache + ENGINE_BYTES)
 
 
-def _weights_bytes(checkpoint: Checkpoint) -> int:
+def _weights_bytes(checkpoint: Checkpoint, dtype: str) -> int:
     """At most: in float32 what is stored in bfloat16 doubles, and codes do not."""
-    return checkpoint.size_bytes * VALUE_BYTES[cpu_dtype()] // VALUE_BYTES["bfloat16"]
+    return checkpoint.size_bytes * VALUE_BYTES[dtype] // VALUE_BYTES["bfloat16"]
 
 
 def kv_bytes_per_token(config: dict[str, Any], dtype: str = "bfloat16") -> int:
@@ -213,16 +214,18 @@ def _cache_gib(checkpoint: Checkpoint, max_model_len: int, ranks: Ranks) -> int:
 
     All ranks together take at most half of what is left free.
     """
-    sequence = kv_bytes_per_token(checkpoint.text_config, cpu_dtype()) * max_model_len
+    dtype = cpu_dtype()
+    sequence = kv_bytes_per_token(checkpoint.text_config, dtype) * max_model_len
     # Ranks beyond the key-value heads keep copies of them.
     kv_heads = checkpoint.text_config.get("num_key_value_heads") or ranks.tensor
     share = sequence / min(ranks.tensor, kv_heads)
-    left = available_memory() - _weights_bytes(checkpoint)
+    weights = _weights_bytes(checkpoint, dtype)
+    left = available_memory() - weights
     most = left // 2 // GIB // ranks.count
     if most < 1 or share > most * GIB:
         raise UserError(
             f"{checkpoint.path}: too little free memory: its weights take"
-            f" {_weights_bytes(checkpoint) / GIB:.1f} GiB and one sequence of {max_model_len}"
+            f" {weights / GIB:.1f} GiB and one sequence of {max_model_len}"
             f" tokens {sequence / GIB:.1f} GiB, {available_memory() / GIB:.1f} GiB are free;"
             " lower --max-model-len or free memory"
         )

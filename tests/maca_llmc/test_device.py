@@ -78,6 +78,24 @@ def test_only_slow_products_are_replaced(monkeypatch, capability, used):
     assert bool(calls) is used
 
 
+def test_calibrating_evaluating_and_planning_use_them(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    rounded, calls = device._rounded_linear, []
+    monkeypatch.setattr(
+        device, "_rounded_linear", lambda *args: calls.append(args[1].shape) or rounded(*args)
+    )
+    model, used = tiny_models("llama"), {}
+    made = quantize(model, tmp_path / "made")
+    used["calibrating"], calls[:] = set(calls), []
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(random_text()))
+    maca_llmc.evaluate(model, [made], text=text, lengths=[8, 32], windows=2, targets=4)
+    used["evaluating"], calls[:] = set(calls), []
+    maca_llmc.plan(tmp_path / "planned", model=str(model), **DATA)
+    used["planning"] = set(calls)
+    assert all(len(shapes) > 2 for shapes in used.values()), used
+
+
 def test_float32_linears_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     module, rows = torch.nn.Linear(96, 40), torch.randn(64, 96)
