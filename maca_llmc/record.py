@@ -119,6 +119,11 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
 
 
 def _processor() -> str:
+    """Its name and the vectors that torch uses: one name stands for kinds with and without AVX-512."""
+    return f"{_processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _processor_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -81,6 +81,14 @@ def test_versions_and_machine_are_what_is_installed():
     json.dumps(machine)
 
 
+def test_processors_of_one_name_with_other_vectors_differ(monkeypatch):
+    found = set()
+    for vectors in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=vectors: name)
+        found.add(record.machine()["processor"])
+    assert len(found) == 2
+
+
 def test_peak_memory_is_in_bytes():
     held = torch.ones(30_000_000)  # 120 MB
     assert record.peak_memory()["peak_rss_bytes"] > held.nbytes
