@@ -119,7 +119,7 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
 
 
 def _processor() -> str:
-    """Its name and the vectors that torch uses: one name stands for kinds with and without AVX-512."""
+    """Its name and the vectors torch uses: one name stands for kinds with AVX-512 and without."""
     return f"{_processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
