@@ -104,8 +104,10 @@ def test_layers_that_look_different_stay_apart():
     assert [group["count"] for group in diagnosis["layers"]] == [1, 1]
 
 
-def test_no_kernel():
-    diagnosis = diagnose(entry(**NO_KERNEL))
+@pytest.mark.parametrize("reasons", [" many", ""])
+def test_no_kernel(reasons):
+    error = f"ValueError: Failed to find a kernel. Reasons:{reasons}"
+    diagnosis = diagnose(entry(**NO_KERNEL | {"error": error}))
     assert diagnosis["verdict"] == "does not load"
     assert whats(diagnosis) == ["ValueError: Failed to find a kernel."]
     assert "no change that was tried helps" in diagnosis["problems"][0]["cure"]

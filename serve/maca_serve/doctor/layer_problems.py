@@ -72,7 +72,7 @@ def _no_kernel(entry: Entry, answer: Entry) -> Problem:
         severity = "warning" if answer["target"]["simulated"] else "error"
         what = f"no kernel without {needs}; with it: {offer['kernel']}"
         return Problem(severity, what, f"pip install {needs}", [entry["layer"]])
-    error = (entry["error"] or "vLLM chose no kernel").split(" Reasons: ")[0]
+    error = (entry["error"] or "vLLM chose no kernel").split(" Reasons:")[0]
     if entry.get("experts") and error.startswith("NotImplementedError"):
         error = _no_experts_class(entry)
     return Problem("error", error, CHANGES, [entry["layer"]])
