@@ -56,6 +56,14 @@ class FakeModel:
         return type("Out", (), {"logits": (probabilities.log() + noise)[None]})
 
 
+class ExactModel(FakeModel):
+    """One that nobody needs in bfloat16."""
+
+    def __call__(self, input_ids):
+        assert self.noise == 0.0
+        return super().__call__(input_ids)
+
+
 @pytest.fixture
 def checkpoint(tmp_path, tokenizer_files, fake_vllm, monkeypatch):
     """A folder whose engine is the fake one and whose doctor and reference are known."""
@@ -185,7 +193,7 @@ def test_verify_says_what_was_not_checked(checkpoint, monkeypatch):
 def test_verify_with_a_base(checkpoint, monkeypatch, make_checkpoint):
     shape = {key: MODEL[key] for key in KEPT_KEYS}
     base = make_checkpoint("base", quantized=False, **shape)
-    models = {"w3": FakeModel, "base": lambda: FakeModel(shift=1.0)}
+    models = {"w3": FakeModel, "base": lambda: ExactModel(shift=1.0)}
     monkeypatch.setattr(verifying, "load_reference", lambda found, dtype: models[found.name]())
     result = verify(checkpoint, base=base)
     assert outcome(result)["nearer to it than to the base"] == "pass"

@@ -156,20 +156,29 @@ def _check_answers(
 
 
 def _predict(
-    checkpoint: Checkpoint, prompts: list[Prompt], answers: Answers, dtype: torch.dtype
-) -> tuple[list[agreement.Prediction], list[agreement.Prediction]]:
-    """What the dequantized checkpoint says in bfloat16, and in float32."""
+    checkpoint: Checkpoint,
+    prompts: list[Prompt],
+    answers: Answers,
+    dtype: torch.dtype,
+    computed: tuple[str, ...] = ("bfloat16", "float32"),
+) -> list[list[agreement.Prediction]]:
+    """What the dequantized checkpoint says, computed in each of these."""
+    found = []
     with progress() as bar:
         task = bar.add_task(
-            f"reference of {checkpoint.name}", total=2 * sum(map(len, prompts)), note="loading"
+            f"reference of {checkpoint.name}",
+            total=len(computed) * sum(map(len, prompts)),
+            note="loading",
         )
         model = load_reference(checkpoint, dtype)
-        bar.update(task, note="bfloat16")
-        rounded = agreement.of_all(model, prompts, answers.together, lambda n: bar.advance(task, n))
-        model.float()
-        bar.update(task, note="float32")
-        exact = agreement.of_all(model, prompts, answers.together, lambda n: bar.advance(task, n))
-    return rounded, exact
+        for name in computed:
+            if name == "float32":
+                model.float()
+            bar.update(task, note=name)
+            found.append(
+                agreement.of_all(model, prompts, answers.together, lambda n: bar.advance(task, n))
+            )
+    return found
 
 
 def _check_base(
@@ -181,7 +190,7 @@ def _check_base(
     noise: agreement.Distance,
 ) -> Check:
     try:
-        _, unquantized = _predict(base, prompts, answers, torch.bfloat16)
+        (unquantized,) = _predict(base, prompts, answers, torch.bfloat16, ("float32",))
     except NoReference as reason:
         return not_checked(agreement.NEARER, f"no reference of {base.path}: {reason}")
     return agreement.check_base(engine, exact, unquantized, noise)
