@@ -5,6 +5,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import cores
 import four_bits
 import psutil
 import pytest
@@ -153,6 +154,7 @@ def test_what_vllm_cannot_load_is_named(checkpoints, tmp_path):
         up(tmp_path, port=None).__enter__()
 
 
+@cores.two_needed
 def test_two_ranks_compute_what_one_process_does(checkpoints, tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -2,6 +2,7 @@
 
 import socket
 
+import cores
 import pytest
 from maca_serve import serving
 from maca_serve.checkpoint import open_checkpoint
@@ -60,6 +61,7 @@ def test_a_free_port_where_the_usual_one_is_taken(monkeypatch):
     assert usual_port("127.0.0.1") == serving.PORT
 
 
+@cores.two_needed
 def test_ranks_threads_and_flags_reach_vllm(fake_vllm, base):
     flags = ["--seed", "7"]
     engine = up(

@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+import cores
 import four_bits
 import pytest
 import torch
@@ -101,6 +102,7 @@ def test_verify_passes_an_engine_that_agrees(checkpoint):
     assert verdict(result) == "w3: 11 passed, 0 failed, 1 not checked"
 
 
+@cores.two_needed
 def test_verify_with_ranks_asks_for_them(checkpoint, monkeypatch):
     asked = []
 
