@@ -32,6 +32,7 @@ RESULT = ROOT / "benchmarks" / "results" / "doctor_agreement.json"
 # Cases made from another: the same checkpoint in 4-bit containers.
 REPACKED = {"w3a16-g64-in-4": "w3a16-g64"}
 PROMPT = list(range(100, 140))
+NO_AVX512 = ", no AVX-512"
 
 
 def make_checkpoints(folder: Path, names: list[str]) -> list[Path]:
@@ -83,8 +84,20 @@ def compare(folder: Path) -> dict:
         "doctor": {"verdict": doctor["verdict"], "kernels": kernels, "why": doctor["why"]},
         "engine": engine,
         "agree": agree,
-        "machine": describe_machine()["cpu"],
+        "machine": machine(),
     }
+
+
+def machine() -> str:
+    """The processor; some of one name have AVX-512 and some have not, which decides on kernels."""
+    here = describe_machine()
+    return here["cpu"] + ("" if "avx512f" in here["cpu_flags"] else NO_AVX512)
+
+
+def short(name: str) -> str:
+    """A machine in a table: `Intel`, `AMD, no AVX-512`."""
+    maker = name.split()[0].removesuffix("(R)")
+    return maker + (NO_AVX512 if name.endswith(NO_AVX512) else "")
 
 
 def before() -> dict[tuple[str, str], dict]:
@@ -107,8 +120,8 @@ def table(found: list[dict]) -> str:
             engine["kernel"] or "—",
             "yes" if case["agree"] else "NO",
         )
-        rows.setdefault(row, []).append(case["machine"].split()[0].removesuffix("(R)"))
-    return markdown([head, *([*row, ", ".join(machines)] for row, machines in rows.items())])
+        rows.setdefault(row, []).append(short(case["machine"]))
+    return markdown([head, *([*row, "; ".join(machines)] for row, machines in rows.items())])
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from maca_serve.enginelog import (
 from maca_serve.errors import EngineError, PortTakenError, RequestError, UserError
 from maca_serve.fit import Fit
 from maca_serve.process import listens, start_group, stop_group
-from maca_serve.scheme import describe_dtype
+from maca_serve.scheme import describe_dtype, shorten_dtype
 
 LOG_TAIL = 15
 # A start is given up when the engine has logged nothing for this long.
@@ -108,7 +108,8 @@ class Engine:
             return ", ".join(kernels)
         if self.checkpoint.quantized:
             return "not named in vLLM's log"
-        return f"none ({describe_dtype(self.checkpoint.config)})"
+        computed = shorten_dtype(self.dtype) if self.dtype else None
+        return f"none ({computed or describe_dtype(self.checkpoint.config)})"
 
     @property
     def dtype(self) -> str | None:

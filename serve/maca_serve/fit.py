@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maca_serve.checkpoint import Checkpoint
+from maca_serve.doctor.headers import VALUE_BYTES
 from maca_serve.errors import UserError
 from maca_serve.machine import available_memory, card_memory, cpu_flags, physical_cpus
 from maca_serve.ranks import Ranks
@@ -23,7 +24,6 @@ GIB = 1024**3
 # and by 0.84 with 3-bit weights in 4-bit containers, where bfloat16 noise is 0.04 and 0.09.
 WEIGHTS_ONLY = {"VLLM_CPU_INT4_W4A8": "0"}
 CPU_MAX_MODEL_LEN = 8192
-VALUE_BYTES = {"bfloat16": 2, "float32": 4}
 # Sequences of full length that the KV cache should hold at once.
 SEQUENCES = 4
 # Up to this many cores a rank the engine computes on all of them; above, one core a rank is kept

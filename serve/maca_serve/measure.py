@@ -227,7 +227,8 @@ def _add_speed(
     for entry, checkpoint in zip(entries, checkpoints, strict=True):
         entry |= timing.results(entry["name"])
         entry["seconds"]["throughput"] = round(timing.seconds(entry["name"]), 1)
-        entry["bandwidth"] = bandwidth_share(checkpoint, entry["throughput"], copied)
+        dtype = entry["dtype"] or "bfloat16"
+        entry["bandwidth"] = bandwidth_share(checkpoint, entry["throughput"], copied, dtype)
         if entry is not entries[0]:
             entry["break_even"] = break_even(entries[0], entry)
 

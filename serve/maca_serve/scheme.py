@@ -26,7 +26,11 @@ def describe_dtype(config: dict[str, Any]) -> str:
     """The dtype of the weights, e.g. `BF16`, also of a config that nests its text model."""
     text = config.get("text_config") or {}
     names = [config.get("dtype"), config.get("torch_dtype"), text.get("dtype")]
-    name = next((name for name in names if name), "unknown dtype")
+    return shorten_dtype(next((name for name in names if name), "unknown dtype"))
+
+
+def shorten_dtype(name: str) -> str:
+    """`BF16` of `bfloat16`."""
     return {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}.get(name, str(name))
 
 

@@ -37,7 +37,9 @@ def memory(checkpoint: Checkpoint, lines: list[str], ranks: int = 1) -> Entry:
     }
 
 
-def bandwidth_share(checkpoint: Checkpoint, throughput: Entry, copied: float) -> Entry:
+def bandwidth_share(
+    checkpoint: Checkpoint, throughput: Entry, copied: float, dtype: str = "bfloat16"
+) -> Entry:
     """The share of a copy bandwidth that decoding at one request in flight reaches.
 
     Bytes of weights per token / median TPOT / copy bandwidth, at the shortest prompts, where the KV
@@ -47,6 +49,7 @@ def bandwidth_share(checkpoint: Checkpoint, throughput: Entry, copied: float) ->
         checkpoint: what ran.
         throughput: its runs by prompt length and requests in flight.
         copied: bytes read and written per second.
+        dtype: what the engine computed in.
 
     Returns:
         {"weights_bytes_per_token", "bytes_per_s", "share"}, or {"not_computed": why}.
@@ -55,18 +58,18 @@ def bandwidth_share(checkpoint: Checkpoint, throughput: Entry, copied: float) ->
     if "1" not in runs:
         return {"not_computed": "nothing ran with 1 request in flight"}
     try:
-        weights = bytes_per_token(checkpoint)
+        weights = bytes_per_token(checkpoint, dtype)
     except UserError as error:
         return {"not_computed": str(error)}
     speed = weights * 1000.0 / runs["1"]["tpot_ms"]["median"]
     return {"weights_bytes_per_token": weights, "bytes_per_s": speed, "share": speed / copied}
 
 
-def bytes_per_token(checkpoint: Checkpoint) -> int:
-    """Bytes of weights that decoding one token reads, as the files store them.
+def bytes_per_token(checkpoint: Checkpoint, dtype: str = "bfloat16") -> int:
+    """Bytes of weights that decoding one token reads, in an engine that computes in `dtype`.
 
     Everything but the input embedding, of which one row is read; where no head is stored, the
-    embedding is the head, and counts. 32-bit weights count as the 16 bits that vLLM makes of them.
+    embedding is the head, and counts. Weights that are no codes count in `dtype`.
 
     Raises:
         UserError: experts of which only some are read, more than a language model, tensors whose
@@ -84,4 +87,4 @@ def bytes_per_token(checkpoint: Checkpoint) -> int:
     rest = [tensor for tensor in tensors if tensor not in embeddings]
     if not any(_HEAD.search(tensor.name) for tensor in rest):
         rest.append(embeddings[0])
-    return sum(tensor.loaded_bytes for tensor in rest)
+    return sum(tensor.loaded_bytes(dtype) for tensor in rest)

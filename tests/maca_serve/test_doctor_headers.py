@@ -38,10 +38,17 @@ def test_types(tmp_path, dtype, size):
     assert read_headers(tmp_path)["a"].dtype == dtype
 
 
-def test_32_bit_weights_take_half_in_the_engine(tmp_path):
-    data = {"a.weight": ("F32", [4], bytes(16)), "b.weight_scale": ("F32", [4], bytes(16))}
+def test_weights_that_are_no_codes_take_what_the_engine_computes_in(tmp_path):
+    data = {
+        "a.weight": ("F32", [4], bytes(16)),
+        "b.weight": ("BF16", [4], bytes(8)),
+        "c.weight": ("I8", [4], bytes(4)),
+        "c.weight_scale": ("F32", [4], bytes(16)),
+    }
     write(tmp_path / "model.safetensors", data)
-    assert [tensor.loaded_bytes for tensor in read_headers(tmp_path).values()] == [8, 16]
+    tensors = read_headers(tmp_path).values()
+    assert [tensor.loaded_bytes() for tensor in tensors] == [8, 8, 4, 16]
+    assert [tensor.loaded_bytes("float32") for tensor in tensors] == [16, 16, 4, 16]
 
 
 def test_four_bit_floats_take_half_a_byte(tmp_path):

@@ -169,6 +169,8 @@ def test_base_has_no_low_bit_kernel(fake_vllm, base, monkeypatch):
     monkeypatch.setattr(module, "find_kernels", lambda lines: [])
     with Engine(open_checkpoint(base), NO_SETTINGS) as engine:
         assert engine.kernel == "none (BF16)"
+        monkeypatch.setattr(module, "find_dtype", lambda lines: "float32")
+        assert engine.kernel == "none (FP32)"
 
 
 @pytest.mark.parametrize(

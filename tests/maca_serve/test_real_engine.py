@@ -82,7 +82,7 @@ def test_compare(checkpoints, questions, tmp_path):
         output=tmp_path,
     )
     first, second = json.loads((tmp_path / "results.json").read_text())["checkpoints"]
-    assert first["kernel"] == "none (BF16)"
+    assert first["kernel"] == f"none ({'BF16' if four_bits.RUN else 'FP32'})"
     assert second["kernel"].endswith("LinearKernel")
     assert second["throughput"]["128"]["1"]["requests"] == 4
     assert 30 < second["recovery"]["perplexity"]["mean"] < 130

@@ -64,6 +64,8 @@ def test_share(holding):
 
     found = bandwidth_share(checkpoint, {"512": runs("1", 9.0), "32": runs("1", 2.0)}, 904e3)
     assert found == {"weights_bytes_per_token": 904, "bytes_per_s": 452e3, "share": 0.5}
+    found = bandwidth_share(checkpoint, {"32": runs("1", 2.0)}, 904e3, "float32")
+    assert found["weights_bytes_per_token"] == 64 + 32 + 2 * (8 + 800)
     found = bandwidth_share(checkpoint, {"32": runs("4", 2.0)}, 904e3)
     assert found == {"not_computed": "nothing ran with 1 request in flight"}
 

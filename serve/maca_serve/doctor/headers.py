@@ -12,6 +12,9 @@ from maca_serve.errors import UserError
 INDEX = "model.safetensors.index.json"
 # The format's own limit: a longer header means that the file is something else.
 MAX_HEADER_BYTES = 100_000_000
+# Of what engines compute in.
+VALUE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_CONVERTED = ("BF16", "F16", "F32")
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "BOOL": 8}
 
 
@@ -35,11 +38,13 @@ class Tensor:
     start: int
     size: int
 
-    @property
-    def loaded_bytes(self) -> int:
-        """What vLLM makes of it: 32-bit weights take 16 bits there."""
-        wide = self.dtype == "F32" and self.name.endswith(".weight")
-        return self.size // 2 if wide else self.size
+    def loaded_bytes(self, dtype: str = "bfloat16") -> int:
+        """What it takes in an engine that computes in `dtype`, to which vLLM converts weights.
+
+        Codes stay as they are, and so do scales.
+        """
+        converted = self.dtype in _CONVERTED and self.name.endswith(".weight")
+        return prod(self.shape) * VALUE_BYTES[dtype] if converted else self.size
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:

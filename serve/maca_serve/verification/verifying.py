@@ -110,7 +110,7 @@ def _diagnose(checkpoint: Checkpoint, ranks: Ranks) -> list[dict[str, Any]]:
 
 
 def _loaded_bytes(checkpoint: Checkpoint) -> int:
-    return sum(tensor.loaded_bytes for tensor in read_headers(checkpoint.path).values())
+    return sum(tensor.loaded_bytes() for tensor in read_headers(checkpoint.path).values())
 
 
 def _run_engine(checkpoint: Checkpoint, version: str, prompts: list[Prompt], ranks: Ranks) -> _Run:
