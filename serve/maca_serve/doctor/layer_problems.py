@@ -59,7 +59,6 @@ def _of_kernel(entry: Entry, answer: Entry, here: Entry | None) -> Iterator[Prob
         ops, flags = ", ".join(entry["missing_ops"]), ", ".join(here["cpu_flags"] if here else [])
         what = f"vLLM would choose {entry['kernel']}, and its build here lacks {ops}"
         cure = f"serve it on a CPU with AVX-512; this one has {flags or 'no vector extensions'}"
-        cure += ", which W8A8 runs on" if flags == "avx2" else ""
         if REQUANTIZES in entry["missing_ops"]:
             cure = "quantize with a scale per channel or per block (FP8_DYNAMIC, FP8_BLOCK)"
         yield Problem("error", what, cure, [entry["layer"]])
