@@ -202,8 +202,7 @@ def published(file: Path) -> list[dict]:
             loads = describe_loads(entry["break_even"]["ratios"])
             said = {
                 "kernel": entry["kernel"],
-                "machine": ", ".join(machine["gpus"])
-                or f"{machine['cores']} cores of {machine['cpu']}",
+                "machine": ", ".join(machine["gpus"]) or cpu_in_words(machine),
                 "like": kind(machine),
                 "model": IN_WORDS[model],
                 "tokens": f"{' or '.join(map(str, speed['input_len']))} in, {speed['output_len']}",
@@ -221,12 +220,23 @@ def publish(folder: Path) -> None:
     target.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def cpu_in_words(machine: dict) -> str:
+    """`2 cores of AMD EPYC (AVX2)`: processors of one name differ in what they can."""
+    best = last_flag(machine).upper().replace("_", " ")
+    return f"{machine['cores']} cores of {machine['cpu']} ({best})"
+
+
 def kind_of(machine: dict) -> str:
     """A file name's part that says what kind of machine it was."""
     if machine["gpus"]:
         return re.sub(r"[^a-z0-9]+", "-", machine["gpus"][0].split(",")[0].lower())
-    flag = (machine["cpu_flags"] or ["plain"])[-1].replace("_", "-")
+    flag = last_flag(machine).replace("_", "-")
     return f"cpu-{machine['cores']}-{flag}{'-zen' if has_zen_kernels() else ''}"
+
+
+def last_flag(machine: dict) -> str:
+    """The furthest of a CPU's instruction sets that matter here."""
+    return str((machine["cpu_flags"] or ["plain"])[-1])
 
 
 def has_zen_kernels() -> bool:

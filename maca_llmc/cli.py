@@ -23,7 +23,10 @@ app = typer.Typer(
 
 UsageError: Any = typer.BadParameter.__base__  # of typer's own copy of click
 INTERRUPTED = 130
-CHECKPOINT_NEXT = "try it: maca-serve up {folder}   (in the serve environment, .venv-serve)"
+CHECKPOINT_NEXT = (
+    "does it load here: maca-serve doctor {folder}   (in the serve environment, .venv-serve)\n"
+    "serve it:          maca-serve up {folder}"
+)
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def test_what_the_doctor_warns_from(tmp_path):
         )
     )
     said = {
-        "machine": "2 cores of X",
+        "machine": "2 cores of X (AVX2)",
         "like": ["avx2"],
         "tokens": "32 or 512 in, 32",
         "source": "benchmarks/results/serving-x.json",
