@@ -30,6 +30,7 @@ from accuracy_arms import (
     TOKENS,
     WINDOWS,
     Judging,
+    identity,
     read_cells,
 )
 from tqdm import tqdm
@@ -49,8 +50,15 @@ NGRAM = 13
 
 
 def missing_cells(arguments: argparse.Namespace) -> list[dict]:
-    """What was asked for and is not there yet, seeds outermost: a broken-off run is balanced."""
-    there = {tuple(cell[key] for key in KEY) for cell in read_cells(arguments.judging)}
+    """What was asked for and is not there yet, seeds outermost: a broken-off run is balanced.
+
+    With questions, cells that were asked none are not there.
+    """
+    there = {
+        identity(cell)
+        for cell in read_cells(arguments.judging)
+        if cell.get("tasks") or not arguments.questions
+    }
     wanted = [
         dict(zip(KEY, values, strict=True))
         for seed in arguments.seeds
@@ -59,7 +67,7 @@ def missing_cells(arguments: argparse.Namespace) -> list[dict]:
         for model in arguments.models
         for values in [(Path(model).name, scheme, method, seed)]
     ]
-    return [cell for cell in wanted if tuple(cell[key] for key in KEY) not in there]
+    return [cell for cell in wanted if identity(cell) not in there]
 
 
 def overlap(one: Iterable[str], other: Iterable[str], size: int = NGRAM) -> set[str]:

@@ -156,7 +156,13 @@ KEY = ("model", "scheme", "method", "seed")
 
 
 def read_cells(judging: Judging = MAIN) -> list[dict]:
-    """All cells so far."""
+    """All cells so far; one that was run again, to be asked questions, as it was last."""
     if not judging.cells.exists():
         return []
-    return [json.loads(line) for line in judging.cells.read_text().splitlines()]
+    cells = map(json.loads, judging.cells.read_text().splitlines())
+    return list({identity(cell): cell for cell in cells}.values())
+
+
+def identity(cell: dict) -> tuple:
+    """What a cell is of."""
+    return tuple(cell[key] for key in KEY)
