@@ -26,17 +26,16 @@ setup: .venv/.installed .venv-serve/.installed-$(SERVE)
 	$(QUANTIZE)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
+# The two builds of vLLM overwrite each other's files, so each begins with an empty environment.
 .venv-serve/.installed-cpu: requirements/serve-cpu.txt serve/pyproject.toml serve/vllm-cpu-stub/pyproject.toml
-	rm -f .venv-serve/.installed-*
-	$(PYTHON) -m venv .venv-serve
+	$(PYTHON) -m venv --clear .venv-serve
 	$(ENGINE)/pip install -q $(TORCH)
 	$(ENGINE)/pip install -q --no-deps -r requirements/serve-cpu.txt
 	$(ENGINE)/pip install -q --no-deps --no-build-isolation ./serve/vllm-cpu-stub -e ./serve
 	touch $@
 
 .venv-serve/.installed-cuda: requirements/serve-cuda.txt serve/pyproject.toml
-	rm -f .venv-serve/.installed-*
-	$(PYTHON) -m venv .venv-serve
+	$(PYTHON) -m venv --clear .venv-serve
 	$(ENGINE)/pip install -q --no-deps -r requirements/serve-cuda.txt
 	$(ENGINE)/pip install -q --no-deps --no-build-isolation -e ./serve
 	touch $@
