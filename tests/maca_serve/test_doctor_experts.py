@@ -190,7 +190,7 @@ def test_what_vllm_asserts_is_the_error(here, amx):
 
 def test_ranks_share_experts(hopper):
     for entry in of_experts(hopper):
-        assert entry["partition"] == [256, 512]
+        assert entry["partition"] == [256, 512] and entry["outs"] == [128, 128]
         assert entry["down"]["partition"] == [512, 128]
 
 

@@ -251,6 +251,7 @@ def test_configs_that_vllm_refuses(here):
 
 def test_ranks_share_columns_and_rows(hopper):
     assert layer(hopper["layers"], "qkv_proj")["partition"] == [3072, 4096]
+    assert layer(hopper["layers"], "qkv_proj")["outs"] == [2048, 512, 512]
     assert layer(hopper["layers"], "gate_up_proj")["partition"] == [14720, 4096]
     assert layer(hopper["layers"], "o_proj")["partition"] == [4096, 2048]
     assert layer(hopper["layers"], "down_proj")["partition"] == [4096, 7360]

@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
+from maca_serve.doctor.building import Linear
+from maca_serve.doctor.fusing import Layer
 from maca_serve.doctor.layouts import Scheme
 from maca_serve.doctor.straddling import torn_words
 
 
 def entry(shape, partition, outs=None):
-    return {"layer": "x", "shape": shape, "partition": partition, "outs": outs or [shape[0]]}
+    return {"layer": "x", "shape": shape, "partition": partition, "outs": outs or [partition[0]]}
 
 
 def test_rows_cut_inside_a_word():
@@ -28,3 +32,14 @@ def test_awq_packs_codes_along_outputs():
 
 def test_other_formats_have_no_words():
     assert torn_words(entry([10, 10], [10, 5]), Scheme("int-quantized", 8)) is None
+
+
+def test_parts_that_are_repeated_and_not_cut():
+    """Gemma 3 270M on two ranks: 4 query heads of 256 are shared, the one key head is repeated."""
+    parts = ("q_proj", "k_proj", "v_proj")
+    layer = Layer("qkv_proj", "QKVParallelLinear", parts, (1024, 256, 256), 640)
+    sizes = {"output_size_per_partition": 1024, "input_size_per_partition": 640}
+    built = SimpleNamespace(output_partition_sizes=[512, 256, 256], **sizes)
+    described = Linear(layer, {}, ranks=2).describe(built)
+    assert described["shape"] == [1536, 640] and described["partition"] == [1024, 640]
+    assert torn_words(described, Scheme("pack-quantized", 4, 32, symmetric=False)) is None

@@ -28,7 +28,11 @@ class Subject(Protocol):
         """The same with widths of `ROOMY`."""
 
     def describe(self, built: Any) -> dict[str, Any]:
-        """Name, class, parts and sizes; `built` is None where vLLM would not build it."""
+        """Name, class, parts and sizes; `built` is None where vLLM would not build it.
+
+        `shape` is [output, input] features of the whole layer and `partition` of a rank's share of
+        it; `outs` are output features of each fused part on a rank.
+        """
 
 
 class Linear:
@@ -57,14 +61,18 @@ class Linear:
     def describe(self, built: Any) -> dict[str, Any]:
         """See `Subject`."""
         layer = self.layer
+        partition = _partition(built) or share(layer, self.ranks)
+        shape = [sum(layer.outs), layer.width]
         return {
             "layer": layer.name,
             "class": layer.kind,
             "parts": list(layer.parts),
             "experts": None,
-            "outs": list(layer.outs),
-            "shape": [sum(layer.outs), layer.width],
-            "partition": _partition(built) or share(layer, self.ranks),
+            # Of q, k and v vLLM may cut one and repeat the others.
+            "outs": getattr(built, "output_partition_sizes", None)
+            or [out * partition[0] // shape[0] for out in layer.outs],
+            "shape": shape,
+            "partition": partition,
         }
 
 

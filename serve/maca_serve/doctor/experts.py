@@ -203,8 +203,8 @@ class FusedExperts:
     def describe(self, built: Any) -> dict[str, Any]:
         """See `Subject`; sizes are those of gate and up of one expert, `down` has those of down."""
         hidden, between = self.call["hidden_size"], self.call["intermediate_size"]
-        outs = [between] * (len(self.experts.sizes) - 1)
         share = between // self.ranks
+        outs = [share] * (len(self.experts.sizes) - 1)
         return {
             "layer": self.experts.name,
             "class": "RoutedExperts" if built is None else type(built).__name__,
@@ -212,8 +212,8 @@ class FusedExperts:
             "experts": self.experts.count,
             "backend": _backend_of(built),
             "outs": outs,
-            "shape": [sum(outs), hidden],
-            "partition": [share * len(outs), hidden],
+            "shape": [between * len(outs), hidden],
+            "partition": [sum(outs), hidden],
             "down": {"outs": [hidden], "shape": [hidden, between], "partition": [hidden, share]},
         }
 

@@ -19,15 +19,14 @@ def torn_words(entry: dict[str, Any], scheme: Scheme) -> Problem | None:
     """
     if entry["partition"] is None or scheme.format not in ("pack-quantized", "gptq", "awq"):
         return None
-    out, width = entry["partition"]
-    whole_out, whole_width = entry["shape"]
+    width = entry["partition"][1]
+    whole_width = entry["shape"][1]
     cuts = []
     if scheme.format != "awq" and width != whole_width:
         cuts.append(("input features of a rank", width))
     # Packed along the output are AWQ's codes and everyone's zero points, fused or cut.
     if scheme.format == "awq" or not scheme.symmetric:
-        share = out / whole_out
-        cuts += [("output features of a part on a rank", int(n * share)) for n in entry["outs"]]
+        cuts += [("output features of a part on a rank", count) for count in entry["outs"]]
     torn = [(what, count) for what, count in cuts if count * scheme.bits % 32]
     if not torn:
         return None
