@@ -66,7 +66,7 @@ class AccuracyPlan:
     def longest(self) -> int:
         """Tokens of the longest request: its prompt, and one of output."""
         prompts = [p for task in self.questions.values() for q in task for p in q.prompts]
-        return 1 + max(*self.inputs, *map(len, prompts))
+        return 1 + max([*self.inputs, *map(len, prompts)])
 
     def describe(self) -> dict[str, Any]:
         """The settings as they go into results."""

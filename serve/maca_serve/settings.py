@@ -52,7 +52,7 @@ class AccuracySettings:
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """Latency and throughput by vLLM's own benchmark.
+    """Latency and throughput by vLLM's own benchmark; lists of loads are put in order.
 
     Attributes:
         concurrency: requests in flight, one run for each.
@@ -88,6 +88,9 @@ class SpeedSettings:
                 raise UserError(f"--rates: {self.rates!r} is not {AUTO}, nor numbers like 0.5,1")
         elif self.rates:
             _check_list("--rates", self.rates, "0.5,1,2")
+            object.__setattr__(self, "rates", tuple(sorted(self.rates)))
+        for name in ("concurrency", "input_len"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
 
     @property
     def longest(self) -> int:

@@ -84,7 +84,7 @@ def test_requests_of_a_run():
 
 
 def test_every_length_at_every_concurrency():
-    settings = SpeedSettings(concurrency=(1, 4), input_len=(32, 512), rates="auto")
+    settings = SpeedSettings(concurrency=(4, 1), input_len=(512, 32), rates="auto")
     assert [(load.input_len, load.concurrency) for load in settings.closed_loads] == [
         (32, 1),
         (32, 4),
@@ -92,6 +92,7 @@ def test_every_length_at_every_concurrency():
         (512, 4),
     ]
     assert (settings.count, settings.longest) == (12, 544)
+    assert SpeedSettings(rates=(2.0, 0.5)).rates == (0.5, 2.0)
     assert rates_of_peak(1.234) == [0.31, 0.62, 0.93, 1.2]
 
 
