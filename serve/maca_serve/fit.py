@@ -23,6 +23,7 @@ GIB = 1024**3
 # bits, which is faster and another model: on AMX log-probabilities moved by 0.28 nats on average,
 # and by 0.84 with 3-bit weights in 4-bit containers, where bfloat16 noise is 0.04 and 0.09.
 WEIGHTS_ONLY = {"VLLM_CPU_INT4_W4A8": "0"}
+CACHE = "VLLM_CPU_KVCACHE_SPACE"
 CPU_MAX_MODEL_LEN = 8192
 # Sequences of full length that the KV cache should hold at once.
 SEQUENCES = 4
@@ -126,7 +127,7 @@ def cpu_dtype() -> str:
 
 def memory_needed(checkpoint: Checkpoint, settings: Fit) -> int:
     """Bytes that a CPU engine takes: its weights, its KV cache, and the processes themselves."""
-    cache = int(float(settings.environment["VLLM_CPU_KVCACHE_SPACE"]) * GIB)
+    cache = int(float(settings.environment[CACHE]) * GIB)
     dtype = "float32" if "float32" in settings.arguments else "bfloat16"
     return _weights_bytes(checkpoint, dtype) + settings.ranks * (cache + ENGINE_BYTES)
 
@@ -156,7 +157,7 @@ def _words(checkpoint: Checkpoint, max_model_len: int | None, environment: dict[
     length = f"{max_model_len} tokens" if max_model_len else "as many tokens as the memory holds"
     if checkpoint.context is not None and checkpoint.context != max_model_len:
         length += f" (the model's context is {checkpoint.context}: --max-model-len)"
-    if "VLLM_CPU_KVCACHE_SPACE" not in environment:
+    if CACHE not in environment:
         return length
     cache, cores = (environment[f"VLLM_CPU_{n}"] for n in ("KVCACHE_SPACE", "OMP_THREADS_BIND"))
     return f"{length}, KV cache {cache} GiB, {cpu_dtype()}, cores {cores}"
@@ -196,7 +197,7 @@ def _cpu_environment(
 ) -> dict[str, str]:
     chosen = {
         **WEIGHTS_ONLY,
-        "VLLM_CPU_KVCACHE_SPACE": str(_cache_gib(checkpoint, max_model_len, ranks)),
+        CACHE: str(_cache_gib(checkpoint, max_model_len, ranks)),
         "VLLM_CPU_OMP_THREADS_BIND": _binding(ranks.count, threads),
         # Eager mode still compiles the ranking of prompt log-probabilities, for half a minute and
         # with a C++ compiler that a serving machine need not have.
@@ -210,15 +211,17 @@ def _cpu_environment(
 
 
 def _cache_gib(checkpoint: Checkpoint, max_model_len: int, ranks: Ranks) -> int:
-    """Whole GiB for the KV cache of a rank: SEQUENCES full sequences.
+    """Whole GiB for the KV cache of a rank: as the environment says, or SEQUENCES full sequences.
 
-    All ranks together take at most half of what is left free.
+    Unless told, all ranks together take at most half of what is left free.
     """
     dtype = cpu_dtype()
     sequence = kv_bytes_per_token(checkpoint.text_config, dtype) * max_model_len
     # Ranks beyond the key-value heads keep copies of them.
     kv_heads = checkpoint.text_config.get("num_key_value_heads") or ranks.tensor
     share = sequence / min(ranks.tensor, kv_heads)
+    if told := os.environ.get(CACHE):
+        return _told_gib(told, share, max_model_len)
     weights = _weights_bytes(checkpoint, dtype)
     left = available_memory() - weights
     most = left // 2 // GIB // ranks.count
@@ -227,9 +230,19 @@ def _cache_gib(checkpoint: Checkpoint, max_model_len: int, ranks: Ranks) -> int:
             f"{checkpoint.path}: too little free memory: its weights take"
             f" {weights / GIB:.1f} GiB and one sequence of {max_model_len}"
             f" tokens {sequence / GIB:.1f} GiB, {available_memory() / GIB:.1f} GiB are free;"
-            " lower --max-model-len or free memory"
+            f" lower --max-model-len, free memory, or set {CACHE} to take more than half of it"
         )
     return min(most, max(1, math.ceil(SEQUENCES * share / GIB)))
+
+
+def _told_gib(told: str, share: float, max_model_len: int) -> int:
+    """The size that the environment sets, if one sequence fits into it."""
+    if not told.isdigit() or int(told) * GIB < share:
+        raise UserError(
+            f"{CACHE}={told}: give whole GiB, of which one sequence of {max_model_len} tokens takes"
+            f" {share / GIB:.1f} on a rank, or lower --max-model-len"
+        )
+    return int(told)
 
 
 def _binding(ranks: int, threads: int | None) -> str:

@@ -138,6 +138,23 @@ def test_what_the_user_set_stands(quantized, monkeypatch):
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,2", "an option goes before"
 
 
+def test_a_told_cache_may_take_more_than_half_and_must_hold_a_sequence(
+    make_checkpoint, monkeypatch
+):
+    shape = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128}
+    checkpoint = open_checkpoint(make_checkpoint("8b", max_position_embeddings=65536, **shape))
+    monkeypatch.setattr(module, "available_memory", lambda: 12 * GIB)
+    with pytest.raises(UserError, match="set VLLM_CPU_KVCACHE_SPACE to take more"):
+        fit(checkpoint, CPU, max_model_len=65536)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "8")
+    settings = fit(checkpoint, CPU, max_model_len=65536)
+    assert settings.environment["VLLM_CPU_KVCACHE_SPACE"] == "8"
+    for told in ("7", "8.5"):
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", told)
+        with pytest.raises(UserError, match=rf"SPACE={told}: give whole GiB, .* takes 8.0 on a"):
+            fit(checkpoint, CPU, max_model_len=65536)
+
+
 def test_cuda_keeps_the_defaults(quantized):
     assert fit(open_checkpoint(quantized), CUDA).arguments == ["--max-model-len", "auto"]
     settings = fit(open_checkpoint(quantized), CUDA, max_model_len=100)
