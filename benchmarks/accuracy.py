@@ -151,7 +151,7 @@ def run_cell(cell: dict, model: str, judging: Judging, questions: int) -> dict:
         "wall_seconds": run["wall_seconds"],
         "raised_dampening": len(run["raised_dampening"]),
         "versions": record.versions(),
-        "machine": record.machine(),
+        "machine": record.machine(base.device),
     }
 
 

@@ -122,7 +122,7 @@ def evaluate(
         )
         compared = [reference.compare(Path(folder)) for folder in checkpoints]
     return {
-        "machine": record.machine(),
+        "machine": record.machine(reference.device),
         "versions": record.versions(),
         "settings": reference.settings,
         "checkpoints": [reference.own, *compared],
@@ -147,8 +147,8 @@ class Reference:
         limit: int = defaults.EVALUATION_LIMIT,
         device: str = "auto",
     ) -> None:
-        self._device = resolve_device(device)
-        compute_on(self._device)
+        self.device = resolve_device(device)
+        compute_on(self.device)
         source = models.resolve_model(base)
         context = models.context_length(models.load_config(source))
         tokenizer = models.load_tokenizer(source)
@@ -174,7 +174,7 @@ class Reference:
             "special_prefix": prefix,
         }
         self._logits: dict[int, list[torch.Tensor]] = {length: [] for length in lengths}
-        model = load_dequantized(source, self._device)
+        model = load_dequantized(source, self.device)
         for length, _, logits in self._answers(model, "base"):
             self._logits[length].append(logits)
         self.own = self._entry("base", source, self._replayed(), model)
@@ -183,7 +183,7 @@ class Reference:
     def compare(self, folder: Path) -> dict[str, Any]:
         """Name, path, ``kl`` and ``perplexity`` by length, and ``tasks``, of a checkpoint."""
         gc.collect()  # models that were dequantized hold themselves, and two may be too much
-        model = load_dequantized(str(folder), self._device)
+        model = load_dequantized(str(folder), self.device)
         answers = self._answers(model, folder.name)
         return self._entry(folder.name, str(folder), answers, model)
 

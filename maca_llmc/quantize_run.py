@@ -160,7 +160,7 @@ def _write_records(
         "container_bits": container,
         "seed": run.calibration.seed,
         "versions": record.versions(),
-        "machine": record.machine(),
+        "machine": record.machine(run.device),
         "calibration": run.calibration.record(),
         "modules": [{"name": key, "loss": loss} for key, loss in run.losses.items()],
         "raised_dampening": getattr(run.modifier, "raised_dampening", {}),

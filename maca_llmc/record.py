@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 RECORD_FILE = "maca_run.json"
+CPU = torch.device("cpu")
 PACKAGES = ("maca-llmc", "llmcompressor", "compressed-tensors", "transformers", "torch")
 
 CARD = """---
@@ -37,13 +38,16 @@ The licence is that of the base model{license_note}.
 """
 
 
-def machine() -> dict[str, Any]:
-    """The machine a number was measured on."""
+def machine(device: torch.device = CPU) -> dict[str, Any]:
+    """The machine a number was measured on.
+
+    :param device: that was computed on
+    """
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": platform.platform(),
         "python": platform.python_version(),
     }

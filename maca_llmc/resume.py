@@ -65,7 +65,7 @@ def restore_modifier_progress(modifier: Any, progress: dict[str, Any]) -> None:
 
 def run_identity(run: Run) -> dict[str, Any]:
     """What must be the same for two runs to give the same tensors; JSON-able, flat."""
-    machine, calibration = record.machine(), run.calibration.record()
+    machine, calibration = record.machine(run.device), run.calibration.record()
     return {
         "model": run.source,
         "weights": models.weights_identity(run.source, run.config),
@@ -74,7 +74,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         "--batch-tokens": run.batch_tokens,
         "--container": run.container,
         "--device": str(run.device),
-        "processor": machine["device"] if run.device.type == "cuda" else machine["processor"],
+        "processor": machine["device"] or machine["processor"],
         "threads": machine["threads"],
         **{f"{package} version": number for package, number in record.versions().items()},
     }

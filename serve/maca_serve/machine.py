@@ -57,7 +57,7 @@ def versions() -> dict[str, str | None]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory in bytes, instruction sets, CUDA devices."""
+    """Processor, cores this process may use, memory in bytes, instruction sets, cards for vLLM."""
     name = _field(_cpu_info(), "model name")
     return {
         "cpu": name or platform.processor() or platform.machine(),
@@ -137,6 +137,9 @@ def card_memory() -> list[tuple[int, int]]:
 
 
 def _gpus() -> list[str]:
+    """Name, memory and capability of each card; none for vLLM's CPU build, which leaves them."""
+    if "cpu" in (_version("vllm") or ""):
+        return []
     return _ask_cards("name,memory.total,compute_cap")
 
 

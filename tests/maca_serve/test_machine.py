@@ -1,6 +1,7 @@
 """What machine this is, by what its tools say."""
 
 import pytest
+from maca_serve import machine
 from maca_serve.machine import card_memory, describe_machine
 
 CARDS = """\
@@ -26,10 +27,13 @@ def says(tmp_path, monkeypatch):
     return says
 
 
-def test_cards_are_described(says):
+def test_cards_are_described(says, monkeypatch):
     says(CARDS)
+    monkeypatch.setattr(machine, "_version", lambda name: "0.32.0")
     gpus = describe_machine()["gpus"]
     assert gpus == ["NVIDIA H100, 81559 MiB, 9.0", "NVIDIA A10, 24576 MiB, 8.6"]
+    monkeypatch.setattr(machine, "_version", lambda name: "0.32.0+cpu")
+    assert describe_machine()["gpus"] == [], "what runs on the CPU was not measured on a card"
 
 
 @pytest.mark.parametrize(
