@@ -65,7 +65,8 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
         check_disk(Path(output).expanduser().absolute(), run.shapes)
         solves = find_solves(run)
         flops = count_flops(run, solves)
-        speeds = probe(run.config, max((s.width for s in solves), default=1), run.device)
+        widest = max((s.width for s in solves), default=run.config.get_text_config().hidden_size)
+        speeds = probe(run.config, widest, run.device)
     return {
         "modules": quantized_modules(run),
         "unquantized": unquantized_modules(run),
@@ -213,13 +214,15 @@ def estimate_memory(run: Run, solves: list[Solve]) -> dict[str, int]:
     limit = max(free - weights, 0) // 2 if run.cache_bytes is None else run.cache_bytes
     there = hidden if run.hidden_place.type != "cpu" else 0
     held = min(hidden - there, limit)
-    widest = max(solve.width for solve in solves)
+    widest = max((solve.width for solve in solves), default=config.hidden_size)
     activations = batch * (6 * config.hidden_size + 3 * widest) * size
     activations += min(batch, ROWS_AT_ONCE) * widest * FLOAT32
-    working = max(activations, max(_solving(solve) for solve in solves))
-    layer = max(layer_hessians(solves).values()) + working
+    working = max([activations, *map(_solving, solves)])
+    layer = max(layer_hessians(solves).values(), default=0) + working
     host = psutil.Process().memory_info().rss + weights + held
     largest = max(_bytes(module) for module in decoder_layers(run.shapes))
+    # Before the first layer all batches go through the embeddings, which are on the device then.
+    embedding = _bytes(run.shapes.get_input_embeddings()) + batch * config.hidden_size * size
     on_host = run.device.type == "cpu"
     return {
         "weights": weights,
@@ -227,7 +230,7 @@ def estimate_memory(run: Run, solves: list[Solve]) -> dict[str, int]:
         "spilled": hidden - there - held,
         "one_layer": layer,
         "host": host + max(layer if on_host else largest, checkpoint_bytes(run)),
-        "device": 0 if on_host else largest + layer + there,
+        "device": 0 if on_host else max(largest + layer, embedding) + there,
     }
 
 

@@ -70,6 +70,15 @@ def test_sizes_and_hessians_are_those_of_the_run(tiny_models, tmp_path, recipe, 
 COUNTS = {"modules": 14, "parameters": 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3)}
 
 
+def test_without_any_hessian_there_is_a_plan_as_well(tiny_models, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    fields = "targets: [Linear], scheme: W8A8, ignore: [lm_head]"
+    recipe.write_text(f"a_stage: {{m_modifiers: {{QuantizationModifier: {{{fields}}}}}}}")
+    found = planned(tiny_models("llama"), recipe)
+    assert found["hessians"] == {"modules": 0, "distinct": 0, "largest_layer_bytes": 0}
+    assert found["modules"][0]["modules"] == 14 and found["memory"]["one_layer"] > 0
+
+
 def test_what_stays_says_why(tiny_models, recipe):
     found = planned(tiny_models("qwen3_moe"), None)["unquantized"]
     assert [(entry["modules"], entry["first"]) for entry in found] == [
