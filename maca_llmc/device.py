@@ -38,7 +38,8 @@ def compute_on(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        # Sets torch's newer setting as well; setting only that one leaves the two in conflict.
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def fast_linears(device: torch.device) -> AbstractContextManager[Any]:

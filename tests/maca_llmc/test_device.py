@@ -115,7 +115,7 @@ def test_a_cuda_device_becomes_the_current_one_and_computes_float32_as_such(monk
         assert not chosen.called and products.fp32_precision == "tf32"
         compute_on(torch.device("cuda", 1))
         chosen.assert_called_once_with(torch.device("cuda", 1))
-        assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "ieee" and products.allow_tf32 is False
     finally:
         products.fp32_precision = before
 
