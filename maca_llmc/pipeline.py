@@ -1,11 +1,12 @@
 """A calibration pipeline that runs decoder layers themselves instead of a traced graph.
 
-llm-compressor's sequential pipeline traces the model, forces eager attention and keeps a
-``[T, T]`` mask per batch. Here the model runs once with its layers replaced by recorders, which
-says what each layer is called with; from then on layers are called directly, with the model's own
-attention (SDPA, which needs no mask without padding), so time and memory grow with the tokens and
-not with ``T^2``. Between layers hidden states wait in a bounded part of memory, the rest of them
-in files. Finished layers can be kept, and taken up again by a later run.
+llm-compressor's sequential pipeline traces the model, forces eager attention and keeps a ``[T, T]``
+mask per batch. Here the model runs once with its layers replaced by recorders, which says what each
+layer is called with; from then on layers are called directly, with the model's own attention (SDPA,
+which without padding needs a mask for sliding windows only, kept once for all batches of a length),
+so time and memory grow with the tokens and not with ``T^2``. Between layers hidden states wait in a
+bounded part of memory, the rest of them in files. Finished layers can be kept, and taken up again
+by a later run.
 
 Picked by ``maca-llmc quantize``, or by ``oneshot(pipeline="maca")``. A model that does not fit
 this goes through the sequential pipeline, with a warning that says why.
@@ -20,7 +21,7 @@ import torch
 from loguru import logger
 from torch.utils._pytree import tree_map
 
-from maca_llmc.device import fast_linears
+from maca_llmc.device import compute_on, fast_linears
 from maca_llmc.faults import is_out_of_memory
 from maca_llmc.full_precision import FullStream, asymmetric_modifiers
 from maca_llmc.hidden_states import HiddenStates
@@ -41,6 +42,7 @@ from maca_llmc.transforms import keeping_function, smoothers, transforms
 NAME = "maca"
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Kept = dict[tuple[int, torch.Size, torch.dtype], torch.Tensor]
 
 
 class UnsupportedModelError(Exception):
@@ -116,6 +118,7 @@ class LayerPipeline(CalibrationPipeline):
         """Run all batches through each layer, to calibrate it and once more to pass them on."""
         layers = decoder_layers(model)
         device = onload_device(model)
+        compute_on(device)
         store = torch.device(dataset_args.sequential_offload_device)
         resources = _given[-1] if _given else Resources()
         resources.hidden.device = store
@@ -128,6 +131,8 @@ class LayerPipeline(CalibrationPipeline):
                 f"calibrating through llm-compressor's sequential pipeline, which cannot be "
                 f"resumed: {error}"
             )
+            # It keeps masks of T^2 beside the hidden states that were found to fit on a GPU.
+            dataset_args.sequential_offload_device = "cpu"
             SequentialPipeline()(model, dataloader, dataset_args)
             return
         LifecycleCallbacks.calibration_start()
@@ -198,7 +203,8 @@ def finish_layer(
     everything = list(layer.modules())
     modifiers = active_session().lifecycle.recipe.modifiers
     smoothing = smoothers(modifiers)
-    for modifier in [] if finished else smoothing:
+    # GPTAQ's full-precision stream goes through what smoothing left, also of finished layers.
+    for modifier in smoothing if full is not None or not finished else []:
         with keeping_function(modifier, f"layer {index}", lambda: batches.update(layer, index)):
             calibrate([modifier], layer, index, batches, everything)
     stages = [everything]
@@ -262,6 +268,7 @@ def record_batches(
     names = {module: name for name, module in model.named_modules()}
     recorders = [Recorder(layer) for layer in layers]
     recorded = []
+    kept: Kept = {}
     try:
         for layer, recorder in zip(layers, recorders, strict=True):
             model.set_submodule(names[layer], recorder)
@@ -270,7 +277,7 @@ def record_batches(
             hidden = recorders[0].hidden
             if any(recorder.hidden is not hidden for recorder in recorders):
                 raise UnsupportedModelError("hidden states change between its decoder layers")
-            recorded.append(move([recorder.call for recorder in recorders], store))
+            recorded.append(move([recorder.call for recorder in recorders], store, kept))
             states.put(str(number), hidden)
     except (TypeError, IndexError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
@@ -282,13 +289,28 @@ def record_batches(
     return recorded
 
 
-def move(values: Any, device: torch.device) -> Any:
-    """Any nest of values with its tensors on ``device``; one tensor stays one."""
+def move(values: Any, device: torch.device, kept: Kept | None = None) -> Any:
+    """Any nest of values with its tensors on ``device``; one tensor stays one.
+
+    :param kept: of nests moved before; where a tensor equals its counterpart in the last one of
+        such shapes, that takes its place. Masks and rotary embeddings are alike in all batches.
+    """
     moved: dict[int, torch.Tensor] = {}
 
     def place(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return moved.setdefault(id(value), value.to(device))
+        if id(value) not in moved:
+            here = value.to(device)
+            moved[id(value)] = here if kept is None else once(here, len(moved), kept)
+        return moved[id(value)]
 
     return tree_map(place, values)
+
+
+def once(value: torch.Tensor, place: int, kept: Kept) -> torch.Tensor:
+    """The tensor that was kept at this place, if it is the same, or this one, which is kept now."""
+    key = (place, value.shape, value.dtype)
+    if key not in kept or not torch.equal(kept[key], value):
+        kept[key] = value
+    return kept[key]

@@ -56,6 +56,7 @@ class RunState:
         self._lock = (self.folder / "lock").open("a")
         try:
             self._take_lock(output)
+            self._give_back(output)
             self._open(json.loads(json.dumps(identity)), resume, anew and not resume)
         except BaseException:
             self._lock.close()
@@ -111,6 +112,12 @@ class RunState:
             raise UserError(
                 f"another run is writing {output}: wait for it or give another --output"
             ) from None
+
+    def _give_back(self, output: Path) -> None:
+        """Put back the output that a run killed between two renames had moved out of the way."""
+        previous = self.folder / "previous"
+        if previous.exists() and not output.exists():
+            previous.rename(output)
 
     def _open(self, identity: dict[str, Any], resume: bool, anew: bool) -> None:
         for name in ("checkpoint", "spill", "previous"):

@@ -15,7 +15,7 @@ from maca_llmc import MaCaModifier
 from maca_llmc.errors import CalibrationError
 from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import computing_on, decoder_layers
-from maca_llmc.pipeline import NAME, UnsupportedModelError, record_batches
+from maca_llmc.pipeline import NAME, UnsupportedModelError, move, record_batches
 
 LENGTHS = [24, 6, 40, 13]
 CPU = torch.device("cpu")
@@ -110,6 +110,22 @@ def test_without_padding_nothing_of_the_square_of_the_length_is_kept(tiny_model)
     kept = [leaf for leaf in tree_leaves(calls) if isinstance(leaf, torch.Tensor)]
     assert kept, "position embeddings at least are passed on"
     assert max(tensor.numel() for tensor in kept) < 200 * 200
+
+
+def test_masks_of_a_sliding_window_are_kept_once_for_all_batches_of_a_length(tiny_model):
+    model = tiny_model("gemma3_text", sliding_window=8)
+    data = loader(random_sequences([40, 40, 24, 40, 24]))
+    calls = record_batches(model, decoder_layers(model), data, (CPU, CPU), HiddenStates())
+    kept = {id(leaf): leaf for leaf in tree_leaves(calls) if isinstance(leaf, torch.Tensor)}
+    masks = [leaf for leaf in kept.values() if leaf.dtype == torch.bool]
+    assert sorted(mask.shape[-1] for mask in masks) == [24, 40]
+    assert len(kept) == len({id(leaf) for leaf in tree_leaves(calls[1:3]) if id(leaf) in kept})
+
+
+def test_what_differs_between_batches_is_not_taken_for_the_same():
+    first, second, kept = torch.ones(2, 2), torch.zeros(2, 2), {}
+    moved = [move([first, second], CPU, kept), move([second, second, first], CPU, kept)]
+    assert [[int(x[0, 0]) for x in each] for each in moved] == [[1, 0], [0, 0, 1]]
 
 
 def test_the_last_layer_is_not_run_for_nothing(tiny_model):

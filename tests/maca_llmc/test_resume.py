@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import quantize, tensors
+from transformers import AutoModelForCausalLM
 
 from maca_llmc import quantize_run
 from maca_llmc.errors import UserError
@@ -189,6 +191,42 @@ def test_every_kind_of_layer_is_restored(source, tmp_path, monkeypatch, name):
         with pytest.raises(StopError):
             quantize(source, tmp_path / "out", recipe)
     same_tensors(quantize(source, tmp_path / "out", recipe, resume=True), unbroken)
+
+
+def test_the_full_precision_stream_of_finished_layers_is_behind_the_smoother(
+    source, tmp_path, monkeypatch
+):
+    """In bfloat16, where a smoothed layer rounds otherwise than one that was not."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1 + 2 * torch.rand_like(parameter) if "norm" in name else 6)
+    model.save_pretrained(tmp_path / "model")
+    for file in source.glob("*token*"):
+        shutil.copy(file, tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    weights = WEIGHTS % ("num_bits: 4, strategy: group, group_size: 32", "")
+    smoother = "SmoothQuantModifier: {smoothing_strength: 0.5}"
+    maca = f"MaCaModifier: {{gptaq_alpha: 0.5, {weights}, ignore: [lm_head]}}"
+    recipe.write_text(f"a_stage: {{b_modifiers: {{{smoother}, {maca}}}}}")
+    unbroken = quantize(tmp_path / "model", tmp_path / "unbroken", recipe)
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 1)
+        with pytest.raises(StopError):
+            quantize(tmp_path / "model", tmp_path / "out", recipe)
+    same_tensors(quantize(tmp_path / "model", tmp_path / "out", recipe, resume=True), unbroken)
+
+
+def test_a_checkpoint_moved_out_of_the_way_by_a_killed_run_is_put_back(source, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("old", RECORD_FILE):
+        (output / name).touch()
+    start_killed(source, output, "before it is renamed")
+    assert not output.exists()
+    with pytest.raises(UserError, match="go on with --resume, or start anew"):
+        quantize(source, output)
+    assert (output / "old").exists()
 
 
 def test_experts_are_restored(tiny_models, tmp_path, monkeypatch):
