@@ -28,10 +28,12 @@ from accuracy_arms import (
 )
 from accuracy_stats import (
     Cells,
+    changes,
     holm,
     kl,
     mean_and_error,
     mean_log_kl,
+    p_over_groups,
     paired_p,
     pairs_at,
     ratio_of_means,
@@ -43,7 +45,6 @@ from accuracy_stats import (
 from accuracy_targets import asked, target_rows
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
-from scipy import stats
 from tables import markdown
 
 pyplot.rcParams["svg.hashsalt"] = "accuracy"  # the same file from the same cells
@@ -126,18 +127,16 @@ def context_table(groups: dict[tuple[str, str], Cells]) -> str:
 
 def effect_table(groups: dict[tuple[str, str], Cells]) -> str:
     """What each ingredient does alone: KL with it over KL without, all else alike."""
-    rows = [["what is changed", "from", "to", "KL ratio", "cells", "lowest to highest", "p"]]
-    for what, before, after in EFFECTS:
-        changes = [
-            mean_log_kl(cells[after][seed]) - mean_log_kl(cells[before][seed])
-            for cells in groups.values()
-            for seed in shared_seeds(cells, before, after)
-        ]
-        if not changes:
-            continue
-        p = float(stats.ttest_1samp(changes, 0.0).pvalue) if len(changes) > 1 else None
-        low, high = np.exp(min(changes)), np.exp(max(changes))
-        row = [what, before, after, f"{np.exp(statistics.fmean(changes)):.2f}", str(len(changes))]
+    found = [(effect, changes(groups.values(), *effect[1:])) for effect in EFFECTS]
+    found = [(effect, by_group) for effect, by_group in found if by_group]
+    corrected = holm([p_over_groups(by_group) for _, by_group in found])
+    heads = ["what is changed", "from", "to", "KL ratio", "cells", "models x schemes"]
+    rows = [[*heads, "lowest to highest", "p (Holm)"]]
+    for (effect, by_group), p in zip(found, corrected, strict=True):
+        each = [change for group in by_group for change in group]
+        low, high = np.exp(min(each)), np.exp(max(each))
+        counts = [str(len(each)), str(len(by_group))]
+        row = [*effect, f"{np.exp(statistics.fmean(each)):.2f}", *counts]
         rows.append([*row, f"{low:.2f} to {high:.2f}", "—" if p is None else f"{p:.1g}"])
     return markdown(rows)
 

@@ -1,7 +1,7 @@
 """What the cells of the accuracy grid say: paired, over seeds, windows and questions."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from accuracy_arms import LENGTHS
@@ -52,6 +52,25 @@ def holm(values: list[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(order) - rank) * values[index]))
         corrected[index] = largest
     return corrected
+
+
+def changes(groups: Iterable[Cells], one: str, other: str) -> list[list[float]]:
+    """By model and scheme, how the logarithm of KL changes from one method to another, by seed."""
+    return [
+        [mean_log_kl(cells[other][s]) - mean_log_kl(cells[one][s]) for s in seeds]
+        for cells in groups
+        if (seeds := shared_seeds(cells, one, other))
+    ]
+
+
+def p_over_groups(by_group: list[list[float]]) -> float | None:
+    """p of a t test whether changes are none; None for fewer than two models and schemes.
+
+    Seeds of one model and scheme share its weights and windows, so that they count once, as their
+    mean.
+    """
+    means = [statistics.fmean(group) for group in by_group]
+    return float(stats.ttest_1samp(means, 0.0).pvalue) if len(means) > 1 else None
 
 
 def paired_p(pairs: list[tuple[float, float]]) -> float | None:

@@ -8,7 +8,15 @@ pytest.importorskip("scipy", reason="runs in the serve environment")
 
 import numpy as np
 from accuracy_arms import DEFAULT, LENGTHS
-from accuracy_stats import holm, mean_and_error, paired_p, pairs_at, ratio_of_means, window_interval
+from accuracy_stats import (
+    holm,
+    mean_and_error,
+    p_over_groups,
+    paired_p,
+    pairs_at,
+    ratio_of_means,
+    window_interval,
+)
 from accuracy_targets import STOCK, target_rows
 
 
@@ -56,6 +64,13 @@ def test_pairs_are_of_shared_seeds():
     t = 2 * math.sqrt(3)
     expected = 1 - t / math.sqrt(2 + t**2)
     assert paired_p([(2.0, 1.0), (4.0, 2.0), (6.0, 3.0)]) == pytest.approx(expected)
+
+
+def test_seeds_of_one_model_and_scheme_count_once():
+    by_group = [[-0.3, -0.5], [-0.1], [-0.2, -0.2, -0.2]]
+    # means -0.4, -0.1, -0.2: t = sqrt 7, two degrees of freedom
+    assert p_over_groups(by_group) == pytest.approx(1 - math.sqrt(7) / 3)
+    assert p_over_groups([[-0.3, -0.5]]) is None
 
 
 def test_an_interval_over_windows_is_of_the_ratio():
