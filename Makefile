@@ -11,8 +11,11 @@ SERVE ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 QUANTIZE := .venv/bin
 ENGINE := .venv-serve/bin
 DEMO := runs/demo
-# vLLM's CPU build has no 4-bit kernel for x86 without AVX-512.
-SERVED := $(if $(and $(filter cpu,$(SERVE)),$(shell grep -m1 -sw avx2 /proc/cpuinfo | grep -vw avx512f)),maca-w8a8,gptq maca maca-w8a8)
+# vLLM's CPU build has no 4-bit kernel for x86 without AVX-512, its CUDA build none for 8-bit
+# activations from compute capability 10 on.
+AVX2 := $(and $(filter cpu,$(SERVE)),$(shell grep -m1 -sw avx2 /proc/cpuinfo | grep -vw avx512f))
+CAPABILITY := $(if $(filter cuda,$(SERVE)),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | cut -d. -f1))
+SERVED := $(if $(AVX2),maca-w8a8,gptq maca $(if $(filter 10 11 12,$(CAPABILITY)),,maca-w8a8))
 SHOWN := $(or $(word 2,$(SERVED)),$(SERVED))
 
 .PHONY: setup demo test lint format clean
