@@ -1,5 +1,7 @@
 """The layer pipeline against llm-compressor's sequential one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from llmcompressor import oneshot
@@ -11,7 +13,7 @@ from tiny import loader, random_sequences
 from torch.utils._pytree import tree_leaves
 from watching import SCHEME, hessians_of
 
-from maca_llmc import MaCaModifier
+from maca_llmc import MaCaModifier, pipeline
 from maca_llmc.errors import CalibrationError
 from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import computing_on, decoder_layers
@@ -167,6 +169,20 @@ class Odd(torch.nn.Module):
         for layer in self.layers:
             hidden = layer(hidden) * 2
         return hidden
+
+
+def test_the_sequential_pipeline_keeps_its_masks_on_the_host(tiny_model, monkeypatch):
+    kept_on = []
+
+    class Sequential:
+        def __call__(self, model, dataloader, dataset_args):
+            kept_on.append(dataset_args.sequential_offload_device)
+
+    monkeypatch.setattr(pipeline, "SequentialPipeline", Sequential)
+    model = tiny_model("llama")
+    model.lm_head.quantization_scheme = object()
+    pipeline.LayerPipeline()(model, [], SimpleNamespace(sequential_offload_device="cuda"))
+    assert kept_on == ["cpu"]
 
 
 def test_a_model_that_works_between_its_layers_is_not_supported():
