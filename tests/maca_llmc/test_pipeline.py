@@ -55,10 +55,10 @@ def test_hessians_are_those_of_the_sequential_pipeline(tiny_model, family, batch
 def test_rotated_weights_are_fed_rotated_hidden_states(tiny_model):
     """Rotations come when calibration starts, and the embeddings turn with the weights."""
     found = {}
-    for pipeline in ("sequential", NAME):
+    for name in ("sequential", NAME):
         rotation = SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")
         data = loader(random_sequences(LENGTHS))
-        found[pipeline] = calibrate(tiny_model("llama"), data, pipeline, after=[rotation])
+        found[name] = calibrate(tiny_model("llama"), data, name, after=[rotation])
     for name, expected in found["sequential"].items():
         if ".layers.0." in name:
             error = torch.linalg.norm(found[NAME][name] - expected) / torch.linalg.norm(expected)
