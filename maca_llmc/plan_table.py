@@ -33,7 +33,9 @@ def _modules(plan: dict[str, Any]) -> Table:
 
 
 def _costs(plan: dict[str, Any]) -> Table:
-    table = Table(title="what it takes (estimates)", show_header=False)
+    table = Table(
+        title="what it takes (estimates, for a machine as busy as now)", show_header=False
+    )
     memory, seconds, flops = plan["memory"], plan["seconds"], plan["flops"]
     calibration, hessians = plan["calibration"], plan["hessians"]
     lengths = describe_lengths(calibration)

@@ -70,7 +70,11 @@ def tell_calibration(calibration: dict[str, Any]) -> None:
     :param calibration: what ``CalibrationSet.record`` says
     """
     lengths = describe_lengths(calibration)
-    words = f"calibrating on {calibration['tokens']:,} tokens (count x length: {lengths})"
+    tell(f"calibrating on {calibration['tokens']:,} tokens (count x length: {lengths})")
+
+
+def tell(words: str) -> None:
+    """Say a line on standard error, above whatever bar there is."""
     tqdm.tqdm.write(words, file=sys.stderr)
 
 

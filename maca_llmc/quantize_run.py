@@ -24,7 +24,7 @@ from maca_llmc.llmcompressor_api import (
 from maca_llmc.losses import recorded_losses
 from maca_llmc.modifier import MaCaModifier
 from maca_llmc.prepare import Run, check_disk, prepare
-from maca_llmc.progress import layer_progress, log_warnings_once, quiet, tell_calibration
+from maca_llmc.progress import layer_progress, log_warnings_once, quiet, tell, tell_calibration
 from maca_llmc.recipes import save_recipe
 from maca_llmc.resume import LayerKeeper, run_identity
 from maca_llmc.schemes import describe_scheme
@@ -99,6 +99,8 @@ def _calibrate(run: Run, state: RunState) -> Any:
     loader = run.calibration.dataloader(run.batch_tokens)
     names = {module: name for name, module in model.named_modules()}
     tell_calibration(run.calibration.record())
+    if state.finished:
+        tell(f"{state.finished} of {len(decoder_layers(model))} layers are finished already")
     limit = psutil.virtual_memory().available // 2 if run.cache_bytes is None else run.cache_bytes
     place = run.hidden_place
     on_host = place.type == "cpu"

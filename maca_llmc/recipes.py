@@ -3,12 +3,14 @@
 import json
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from pydantic import ValidationError
 
 from maca_llmc.errors import UserError
@@ -217,9 +219,13 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return f"unknown field {where!r} of {error.title}: check its spelling"
+        near = get_close_matches(str(problem["loc"][-1]), MaCaModifier.model_fields, n=1)
+        cure = f"is it {near[0]!r}?" if near else "check its spelling"
+        return f"unknown field {where!r} of {error.title}: {cure}"
     given = f" {problem['input']!r}" if isinstance(problem["input"], str | int | float) else ""
     message = problem["msg"].removeprefix("Value error, ")
+    if "preset scheme name" in message:
+        message += f" ({', '.join(PRESET_SCHEMES)})"
     return " ".join(f"{error.title}: {where}{given}: {message}".split())
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 Entry = dict[str, Any]
 FASTER, SAME, SLOWER = "faster", "about as fast", "slower"
+UNCLEAR = "not clearly faster or slower"
 # A ratio closer to 1 than this is called neither faster nor slower: short runs scatter as much.
 MARGIN = 0.05
 
@@ -43,11 +44,14 @@ def ratio(base: Entry, run: Entry) -> Entry:
 
     Returns:
         {"ratio", "rounds", "verdict"}: faster where the ratio is above 1 by more than MARGIN and
-        no round says otherwise, slower likewise, about as fast else.
+        no round says otherwise, slower likewise; about as fast where it is within MARGIN of 1 and
+        every round within twice that; unclear else.
     """
     rounds = [own / other for own, other in zip(run["rounds"], base["rounds"], strict=True)]
     middle = statistics.median(rounds)
-    verdict = SAME
+    verdict = UNCLEAR
+    if abs(middle - 1) <= MARGIN and all(abs(each - 1) <= 2 * MARGIN for each in rounds):
+        verdict = SAME
     if middle > 1 + MARGIN and min(rounds) > 1:
         verdict = FASTER
     if middle < 1 - MARGIN and max(rounds) < 1:

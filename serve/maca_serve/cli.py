@@ -365,7 +365,7 @@ def _leave(number: int, frame: object) -> None:
 def _show(results: dict[str, Any], path: Path | None) -> None:
     from maca_serve.tables import result_tables
 
-    for table in result_tables(results):
+    for table in result_tables(results, out.width):
         out.print(table)
         out.print()
     for entry in results["checkpoints"]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from maca_serve.process import listens, start_group, stop_group
 from maca_serve.scheme import describe_dtype, shorten_dtype
 
 LOG_TAIL = 15
+NO_START = "did not start"
 # A start is given up when the engine has logged nothing for this long.
 SILENT_SECONDS = 600.0
 POLL_SECONDS = 0.5
@@ -82,6 +84,7 @@ class Engine:
         self.start_seconds = 0.0
         self._process: subprocess.Popen[str] | None = None
         self._log: Path | None = None
+        self._scratch: Path | None = None
 
     @property
     def url(self) -> str:
@@ -180,8 +183,11 @@ class Engine:
     def _start(self) -> None:
         handle, name = tempfile.mkstemp(prefix="maca-serve-", suffix=".log")
         self._log = Path(name)
+        # vLLM leaves sockets where temporary files go.
+        self._scratch = Path(tempfile.mkdtemp(prefix="maca-serve-"))
         # By the environment: a command line can be read by everybody on the machine.
         environment = {"VLLM_API_KEY": self.api_key or "", **_logging()}
+        environment["TMPDIR"] = str(self._scratch)
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
         command += [str(self.checkpoint.path), "--served-model-name", self.checkpoint.name]
         command += ["--host", self.host, "--port", str(self.port), "--disable-uvicorn-access-log"]
@@ -204,7 +210,7 @@ class Engine:
             )
             while not self._ready():
                 if self._exit_code() is not None:
-                    raise self._failure("did not start")
+                    raise self._failure(NO_START)
                 now = time.monotonic()
                 if self.log.stat().st_size != size:
                     size, changed = self.log.stat().st_size, now
@@ -247,8 +253,13 @@ class Engine:
             cause = f"port {self.port} was taken meanwhile{cure}"
         elif not cause:
             cause = f"exit code {code}" if code is not None else "no error named"
+        # Its reasons, if any, are lines of their own, and in the log.
+        cause = cause.removesuffix(" Reasons:")
+        logged = f"log: {self.log}"
+        if what == NO_START and kind is EngineError and self.checkpoint.quantized:
+            logged = f"maca-serve doctor {self.checkpoint.path} says what to change; {logged}"
         return kind(
-            f"{self.checkpoint.path}: vLLM {what}: {cause} (log: {self.log})", tail(lines, LOG_TAIL)
+            f"{self.checkpoint.path}: vLLM {what}: {cause} ({logged})", tail(lines, LOG_TAIL)
         )
 
     def _stop(self, *, keep_log: bool) -> None:
@@ -256,6 +267,8 @@ class Engine:
             if self._process is not None:
                 stop_group(self._process)
         finally:
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
             if not keep_log and self._log is not None:
                 self._log.unlink(missing_ok=True)
 

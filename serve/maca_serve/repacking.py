@@ -21,7 +21,7 @@ from maca_serve.widening import (
     widen_record,
 )
 
-CONFIG, RECORD = "config.json", "maca_run.json"
+CONFIG, RECORD, CARD = "config.json", "maca_run.json", "README.md"
 
 
 def repack(
@@ -58,7 +58,10 @@ def repack(
         _write(checkpoint, headers, widener, partial)
         partial.rename(output)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{output}: cannot be written: {error}; is the disk full?") from error
+        full = "No space left" in str(error)
+        cure = "free some space" if full else "give an OUTPUT where you may write"
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{output}: cannot be written: {reason}; {cure}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     size = open_checkpoint(output).size_bytes
@@ -93,6 +96,8 @@ def _write(
     for shard in tqdm(shards, desc=f"repacking {checkpoint.name}", unit="shard"):
         total += _write_shard(shard, widener, partial / shard.name)
     _write_json(partial / CONFIG, widen_config(checkpoint.config))
+    if (card := partial / CARD).is_file():
+        card.write_text(_noted(card.read_text(encoding="utf-8"), checkpoint.name), encoding="utf-8")
     if checkpoint.run_record:
         _write_json(partial / RECORD, widen_record(checkpoint.run_record))
     index = checkpoint.path / INDEX
@@ -100,6 +105,16 @@ def _write(
         content = json.loads(index.read_text(encoding="utf-8"))
         content["metadata"] = {**content.get("metadata", {}), "total_size": total}
         _write_json(partial / INDEX, content)
+
+
+def _noted(card: str, name: str) -> str:
+    """A model card that says, behind its metadata, what became of the checkpoint it is of."""
+    note = (
+        f"> These are the weights of `{name}` in {CONTAINER_BITS}-bit containers, the same values"
+        f" bit for bit (`maca-serve repack`). What follows is the card of `{name}`.\n"
+    )
+    head, end, body = card.partition("\n---\n") if card.startswith("---\n") else ("", "", card)
+    return f"{head}{end}\n{note}\n{body.lstrip()}"
 
 
 def _write_shard(shard: Path, widener: Widener, target: Path) -> int:

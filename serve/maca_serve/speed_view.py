@@ -30,10 +30,11 @@ class Number(str):
 
 
 class Grid(NamedTuple):
-    """A table; the first column names the checkpoint."""
+    """A table; the first columns, by default one that names the checkpoint, say what a row is."""
 
     columns: list[str]
     rows: list[list[str]]
+    keys: int = 1
 
 
 def speed_grids(results: Entry) -> Iterator[Grid]:
@@ -84,7 +85,7 @@ def in_flight_grid(entries: list[Entry]) -> Grid:
                 ratio = _number(entries, "{:.2f}x", *place) if "break_even" in entry else "–"
                 row = [entry["name"], length, level, *_latencies(entries, *at), *rates, ratio]
                 rows.append(row)
-    return Grid(columns, rows)
+    return Grid(columns, rows, keys=3)
 
 
 def rates_grid(entries: list[Entry]) -> Grid:
@@ -97,7 +98,7 @@ def rates_grid(entries: list[Entry]) -> Grid:
                 at = (i, "rates", length, rate)
                 answered = _number(entries, "{:.2f}", *at, "requests_per_s")
                 rows.append([entry["name"], length, rate, answered, *_latencies(entries, *at)])
-    return Grid(columns, rows)
+    return Grid(columns, rows, keys=3)
 
 
 def break_even_grid(entries: list[Entry]) -> Grid:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from maca_serve.breakeven import FASTER, MARGIN, SAME, SLOWER, describe_loads
+from maca_serve.breakeven import FASTER, MARGIN, SLOWER, UNCLEAR, describe_loads
 
 # Percent of the base that must be left, at every length.
 KEPT = 95.0
@@ -77,11 +77,14 @@ def describe_speed(speed: dict[str, Any]) -> str:
     Returns:
         E.g. `faster (1.83x) with 1 in flight, slower than the base (0.54x) with 4 in flight`.
     """
-    words = {FASTER: FASTER, SAME: SAME, SLOWER: f"{SLOWER} than the base"}
-    return ", ".join(
-        f"{words[found['verdict']]} ({found['ratio']:.2f}x) with {load}"
-        for load, found in speed.items()
-    )
+    return ", ".join(f"{_how_fast(found)} with {load}" for load, found in speed.items())
+
+
+def _how_fast(found: dict[str, Any]) -> str:
+    ratio, rounds = f"{found['ratio']:.2f}x", found["rounds"]
+    if found["verdict"] == UNCLEAR:
+        return f"{UNCLEAR} ({ratio}, rounds of {min(rounds):.2f}x to {max(rounds):.2f}x)"
+    return f"{found['verdict']}{' than the base' * (found['verdict'] == SLOWER)} ({ratio})"
 
 
 def _verdict(entry: Entry, found: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Results as tables for the terminal; narrow enough for one of 100 columns."""
+"""Results as tables for the terminal."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,13 +6,19 @@ from typing import Any
 from rich.table import Table
 
 from maca_serve.recovery import headline
-from maca_serve.speed_view import speed_grids
+from maca_serve.speed_view import Grid, speed_grids
 
 Entry = dict[str, Any]
+GAP = 2
 
 
-def result_tables(results: dict[str, Any]) -> Iterator[Table]:
-    """What was measured: the checkpoints, their accuracy, their speed."""
+def result_tables(results: dict[str, Any], width: int) -> Iterator[Table]:
+    """What was measured: the checkpoints, their accuracy, their speed.
+
+    Args:
+        results: of a measurement.
+        width: of the terminal, in characters; tables of speed are cut in parts that fit.
+    """
     entries = results["checkpoints"]
     yield _checkpoints(entries)
     if "perplexity" in entries[0]:
@@ -23,10 +29,24 @@ def result_tables(results: dict[str, Any]) -> Iterator[Table]:
             yield _probe(entries, name)
     if "throughput" in entries[0]:
         for grid in speed_grids(results):
-            table = _table(*grid.columns)
-            for row in grid.rows:
-                table.add_row(*row)
-            yield table
+            for columns in _parts(grid, width):
+                table = _table(*(grid.columns[i] for i in columns))
+                for row in grid.rows:
+                    table.add_row(*(row[i] for i in columns))
+                yield table
+
+
+def _parts(grid: Grid, width: int) -> list[list[int]]:
+    """Columns of each part of a grid: those that say what a row is, and as many more as fit."""
+    lines = [grid.columns, *grid.rows]
+    needed = [max(len(line[i]) for line in lines) + GAP for i in range(len(grid.columns))]
+    keys = list(range(grid.keys))
+    parts = [keys]
+    for column in range(grid.keys, len(grid.columns)):
+        if parts[-1] != keys and sum(needed[i] for i in [*parts[-1], column]) - GAP > width:
+            parts.append(keys)
+        parts[-1] = [*parts[-1], column]
+    return parts
 
 
 def _checkpoints(entries: list[Entry]) -> Table:

@@ -204,7 +204,7 @@ BROKEN = {
     "unknown modifier": (VALID.replace("GPTQ", "GPTC"), r"'GPTCModifier'.*Use MaCaModifier"),
     "unknown field": (
         VALID + "      lenght_exponent: 1\n",
-        r"unknown field 'lenght_exponent' of GPTQModifier: check its spelling",
+        r"unknown field 'lenght_exponent' of GPTQModifier: is it 'length_exponent'",
     ),
     "field of the other modifier": (VALID + "      length_exponent: 1\n", r"'length_exponent'"),
     "wrong value": (
@@ -215,7 +215,10 @@ BROKEN = {
         "quantize_stage:\n  quantize_modifiers:\n    MaCaModifier:\n",
         r"MaCaModifier has no fields: give it a scheme",
     ),
-    "unknown scheme": (VALID.replace("W4A16", "W5A17"), r"scheme 'W5A17': .*preset scheme name"),
+    "unknown scheme": (
+        VALID.replace("W4A16", "W5A17"),
+        r"scheme 'W5A17': .*preset scheme names \(.*, W4A16, .*\)",
+    ),
     "a broken expression": (
         VALID.replace("lm_head", "'re:*head'"),
         r"'re:\*head' is no regular expression: nothing to repeat",

@@ -99,7 +99,9 @@ def unbroken(source, tmp_path_factory):
         ("before it is tidied up", LAYERS),
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_bits(source, unbroken, tmp_path, moment, finished):
+def test_a_killed_run_goes_on_to_the_same_bits(
+    source, unbroken, tmp_path, moment, finished, capsys
+):
     output = tmp_path / "out"
     output.mkdir()
     for name in ("old", RECORD_FILE):
@@ -119,6 +121,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(source, unbroken, tmp_path, momen
         )
         quantize(source, output, resume=True, overwrite=True)
     assert calibrated == list(range(finished, LAYERS)), "finished layers are not done again"
+    said = f"{finished} of {LAYERS} layers are finished already"
+    assert (said in capsys.readouterr().err) == (finished > 0)
     same_tensors(output, unbroken)
     assert left_over(tmp_path) == ["out"] and not (output / "old").exists()
     records = [json.loads((folder / "maca_run.json").read_text()) for folder in (output, unbroken)]
@@ -267,15 +271,16 @@ def test_nothing_to_resume_is_a_run_from_the_start_and_said(source, unbroken, tm
 @pytest.mark.parametrize(
     ("change", "named"),
     {
-        "data": ({"seed": 5}, r"data \(--data.*\) was"),
-        "scales": ({"scales": [8, 32]}, r"data \(--data.*\) was"),
+        "seed": ({"seed": 5}, "--seed was 0 and is 5 now"),
+        "scales": ({"scales": [8, 32]}, r"--scales was \[.*\] and is \[8, 32\] now"),
+        "data": ({"tokens": 64}, r"data \(--data, --tokens, ...\) was"),
         "batches": ({"batch_tokens": 8}, "--batch-tokens was 2048 and is 8 now"),
         "recipe": (
             {"recipe": ROOT / "recipes" / "w8a8.maca.yaml"},
             r"recipe was \S.* and is \S.* now",
         ),
     }.values(),
-    ids=["data", "scales", "batches", "recipe"],
+    ids=["seed", "scales", "data", "batches", "recipe"],
 )
 def test_another_run_is_refused_and_the_difference_named(source, killed, change, named):
     with pytest.raises(UserError, match=f"cannot resume: {named}"):

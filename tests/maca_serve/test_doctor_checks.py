@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from maca_serve.doctor.checks import check, check_sizes
+from maca_serve.doctor.checks import check, check_sizes, heads_misfit
 from maca_serve.doctor.headers import Tensor
 
 WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "symmetric": True}
@@ -129,3 +129,8 @@ def test_planned_sizes():
     assert [p.what for p in contents.problems] == [
         "96 input features are not a multiple of group size 64"
     ]
+
+
+def test_ranks_that_fit_divide_the_mlp_as_well():
+    what, cure = heads_misfit({"num_attention_heads": 9, "intermediate_size": 1536}, 2)
+    assert what.startswith("9 attention heads cannot") and cure.endswith("size of 1, 3")

@@ -1,5 +1,6 @@
 import signal
 import socket
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -70,13 +71,24 @@ def test_what_is_read_from_the_log_is_in_it_and_plain(engine, monkeypatch, level
         assert leader.environ()["VLLM_LOGGING_COLOR"] == "0", "goes before FORCE_COLOR"
 
 
+def test_what_vllm_leaves_among_temporary_files_is_removed(engine):
+    with engine:
+        leader = psutil.Process(worker_of(engine)).parent()
+        scratch = Path(leader.environ()["TMPDIR"])
+        assert scratch.is_dir() and scratch.parent == Path(tempfile.gettempdir())
+        (scratch / "socket").touch()
+    assert not scratch.exists()
+
+
 def test_failing_start_names_the_cause_and_shows_the_log(fake_vllm, engine, quantized):
     fake_vllm("does not start")
     with pytest.raises(EngineError, match="w4: vLLM did not start: ValueError: no kernel") as error:
         engine.__enter__()
     assert "\n" not in str(error.value)
     assert any("Engine core initialization failed" in line for line in error.value.details)
-    assert str(engine.log) in str(error.value)
+    assert f"(maca-serve doctor {quantized} says what to change; log: {engine.log})" in str(
+        error.value
+    )
 
 
 def test_silent_start_is_given_up(fake_vllm, engine, monkeypatch, alive):

@@ -88,6 +88,7 @@ def test_other_files_are_copied_and_the_record_says_what_it_is_now(tmp_path):
     source, target = tmp_path / "w3", tmp_path / "deep" / "o"
     write_packed(source, 3)
     (source / "recipe.yaml").write_text("bits: 3")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n\n# w3\n")
     (source / "model.safetensors").chmod(0o644)
     (source / "extra").mkdir()
     (source / "extra" / "notes").write_text("x")
@@ -95,6 +96,9 @@ def test_other_files_are_copied_and_the_record_says_what_it_is_now(tmp_path):
     (source / "maca_run.json").write_text(json.dumps(record))
     repack(source, target)
     assert (target / "recipe.yaml").read_text() == "bits: 3"
+    head, note, card = (target / "README.md").read_text().split("\n\n")
+    assert (head, card) == ("---\nlicense: mit\n---", "# w3\n")
+    assert note.startswith("> These are the weights of `w3` in 4-bit containers, the same values")
     assert (target / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert (target / "extra" / "notes").read_text() == "x"
     assert json.loads((target / "maca_run.json").read_text()) == {
@@ -203,7 +207,7 @@ def test_repack_that_fails_leaves_nothing_and_a_killed_one_is_replaced(tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(repacking, "save_file", full)
-        with pytest.raises(UserError, match=r"No space left on device.*is the disk full"):
+        with pytest.raises(UserError, match=r"No space left on device; free some space"):
             repack(source, tmp_path / "o")
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
     (tmp_path / ".o.partial").mkdir()

@@ -1,5 +1,6 @@
 """Tensors of a checkpoint against the scheme that its config declares."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -157,10 +158,13 @@ def group_misfit(scheme: Scheme, width: int) -> tuple[str, str] | None:
 
 def heads_misfit(config: dict[str, Any], ranks: int) -> tuple[str, str] | None:
     """(what is wrong, what to do) where ranks do not divide the attention heads."""
-    heads = (config.get("text_config") or config).get("num_attention_heads")
+    text = config.get("text_config") or config
+    heads = text.get("num_attention_heads")
     if not heads or heads % ranks == 0:
         return None
-    fits = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+    widths = [heads, text.get("intermediate_size")]  # of which some models have several
+    shared = math.gcd(*(width for width in widths if isinstance(width, int)))
+    fits = [str(n) for n in range(1, shared + 1) if shared % n == 0]
     what = f"{heads} attention heads cannot be shared by {ranks} tensor-parallel ranks"
     return what, f"use a tensor-parallel size of {', '.join(fits)}"
 
