@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from maca_serve.breakeven import MARGIN
-from maca_serve.plots import BASE_COLOUR, STYLE, colour, to_svg
+from maca_serve.plots import BASE_COLOUR, STYLE, colour, marker, to_svg
 
 Entry = dict[str, Any]
 CURVE = (
@@ -33,7 +33,8 @@ def speed_figures(entries: list[Entry]) -> Iterator[tuple[str, str]]:
                 draw(axes, entries, length)
                 axes.set_ylim(bottom=0)
                 axes.set_title(f"prompts of {length} tokens", fontsize=9.5)
-                axes.legend(fontsize=8.5)
+                # Below the axes, where no point can lie.
+                axes.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
             yield to_svg(figure, f"speed-{length}-{draw.__name__}"), caption
 
 
@@ -42,7 +43,7 @@ def _curve(axes: Axes, entries: list[Entry], length: str) -> None:
         runs = entry["throughput"][length]
         x = [run["tpot_ms"]["mean"] for run in runs.values()]
         y = [run["output_tokens_per_s"] for run in runs.values()]
-        axes.plot(x, y, marker="o", color=colour(index), label=entry["name"])
+        axes.plot(x, y, marker=marker(index), color=colour(index), label=entry["name"])
         for level, *place in zip(runs, x, y, strict=True):
             axes.annotate(level, place, xytext=(4, 3), textcoords="offset points", fontsize=8)
     axes.set_xlabel("mean time per output token, ms (left is better)")
@@ -60,7 +61,7 @@ def _ratios(axes: Axes, entries: list[Entry], length: str) -> None:
         middle = [one["ratio"] for one in found]
         down = [one["ratio"] - min(one["rounds"]) for one in found]
         up = [max(one["rounds"]) - one["ratio"] for one in found]
-        look: dict[str, Any] = {"marker": "o", "capsize": 3, "color": colour(index)}
+        look: dict[str, Any] = {"marker": marker(index), "capsize": 3, "color": colour(index)}
         axes.errorbar(levels, middle, yerr=[down, up], label=entry["name"], **look)
     axes.set_xscale("log", base=2)
     axes.set_xticks(levels, list(map(str, levels)))
@@ -76,6 +77,6 @@ def _rates(axes: Axes, entries: list[Entry], length: str) -> None:
         for name, line in {"median": "-", "p99": ":"}.items():
             y = [run["e2el_ms"][name] / 1000 for run in runs.values()]
             label = entry["name"] if name == "median" else None
-            axes.plot(x, y, line, marker="o", color=colour(index), label=label)
+            axes.plot(x, y, line, marker=marker(index), color=colour(index), label=label)
     axes.set_xlabel("requests arriving per second")
     axes.set_ylabel("end to end, s (median; dotted: P99)")

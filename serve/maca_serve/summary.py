@@ -63,7 +63,8 @@ def rules() -> dict[str, Any]:
 def headline(results: dict[str, Any]) -> str:
     """What was compared with what, where, by which vLLM and when."""
     base, machine = results["checkpoints"][0], results["machine"]
-    where = " and ".join(machine["gpus"]) or f"{machine['cpu']} ({machine['cores']} cores)"
+    cores = f"{machine['cores']} core{'s' * (machine['cores'] != 1)}"
+    where = " and ".join(machine["gpus"]) or f"{machine['cpu']} ({cores})"
     created = f", {results['created'][:10]}" if "created" in results else ""
     return (
         f"Against {base['name']} ({base['scheme']}) on {where},"
