@@ -79,7 +79,7 @@ def test_engine_log_stands_before_the_error(fake_vllm, quantized):
     lines = done.stderr.rstrip().splitlines()
     assert "no kernel for 3 bits" in done.stderr
     assert lines[-1].startswith("error: ")
-    assert "vLLM did not start: ValueError: no kernel for 3 bits (log: " in lines[-1]
+    assert "vLLM did not start: ValueError: no kernel for 3 bits (maca-serve doctor " in lines[-1]
 
 
 @pytest.mark.parametrize(
