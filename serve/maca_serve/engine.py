@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -84,7 +83,6 @@ class Engine:
         self.start_seconds = 0.0
         self._process: subprocess.Popen[str] | None = None
         self._log: Path | None = None
-        self._scratch: Path | None = None
 
     @property
     def url(self) -> str:
@@ -183,11 +181,8 @@ class Engine:
     def _start(self) -> None:
         handle, name = tempfile.mkstemp(prefix="maca-serve-", suffix=".log")
         self._log = Path(name)
-        # vLLM leaves sockets where temporary files go.
-        self._scratch = Path(tempfile.mkdtemp(prefix="maca-serve-"))
         # By the environment: a command line can be read by everybody on the machine.
         environment = {"VLLM_API_KEY": self.api_key or "", **_logging()}
-        environment["TMPDIR"] = str(self._scratch)
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
         command += [str(self.checkpoint.path), "--served-model-name", self.checkpoint.name]
         command += ["--host", self.host, "--port", str(self.port), "--disable-uvicorn-access-log"]
@@ -267,8 +262,6 @@ class Engine:
             if self._process is not None:
                 stop_group(self._process)
         finally:
-            if self._scratch is not None:
-                shutil.rmtree(self._scratch, ignore_errors=True)
             if not keep_log and self._log is not None:
                 self._log.unlink(missing_ok=True)
 

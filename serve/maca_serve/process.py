@@ -3,9 +3,11 @@
 import atexit
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,12 +19,15 @@ import psutil
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TERM_SECONDS = 20.0
 KILL_SECONDS = 10.0
-# Outlives us if we are killed, and then stops the group; a line on its input sends it away.
+# Outlives us if we are killed, and then stops the group; a line on its input says that it was
+# stopped. Either way it removes what the group left among temporary files, as vLLM does.
 GUARD = """
-read -r _ && exit
-kill -s TERM "$1"
-for _ in $(seq "$2"); do kill -s 0 "$1" || break; sleep 1; done
-kill -s KILL -- "-$1"
+if ! read -r _; then
+    kill -s TERM "$1"
+    for _ in $(seq "$2"); do kill -s 0 "$1" || break; sleep 1; done
+    kill -s KILL -- "-$1"
+fi
+rm -rf -- "$3"
 """
 # Those that run, and their guards: an interrupt may come between a start and the `with` that would
 # stop it.
@@ -34,7 +39,8 @@ def start_group(
 ) -> subprocess.Popen[str]:
     """Start a command as leader of its own session, so that all it starts can be stopped with it.
 
-    It is stopped as well when this process ends without a chance to do so, as by SIGKILL.
+    It is stopped as well when this process ends without a chance to do so, as by SIGKILL. Its
+    temporary files have a folder of their own, which is removed with it.
 
     Args:
         command: program and arguments.
@@ -42,19 +48,23 @@ def start_group(
         streams: stdin, stdout, stderr as for `subprocess.Popen`.
     """
     with _signals_deferred():
-        process = subprocess.Popen(
-            command,
-            # vLLM looks for programs that its environment brings (ninja, nvcc) in the PATH
-            env={**os.environ, "PATH": _path(), **environment},
-            start_new_session=True,
-            text=True,
-            **streams,  # type: ignore[call-overload]
-        )
+        scratch = tempfile.mkdtemp(prefix="maca-serve-")
+        process = None
         try:
-            _running[process] = _guard(process)
+            process = subprocess.Popen(
+                command,
+                # vLLM looks for programs that its environment brings (ninja, nvcc) in the PATH
+                env={**os.environ, "PATH": _path(), "TMPDIR": scratch, **environment},
+                start_new_session=True,
+                text=True,
+                **streams,  # type: ignore[call-overload]
+            )
+            _running[process] = _guard(process, scratch)
         except BaseException:
-            _signal_group(process.pid, signal.SIGKILL)
-            process.wait()
+            if process is not None:
+                _signal_group(process.pid, signal.SIGKILL)
+                process.wait()
+            shutil.rmtree(scratch, ignore_errors=True)
             raise
     return process
 
@@ -112,10 +122,10 @@ def _stop_all() -> None:
         stop_group(process)
 
 
-def _guard(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+def _guard(process: subprocess.Popen[str], scratch: str) -> subprocess.Popen[str]:
     """Wait, in a session of its own, for the end of this process, which closes its input."""
     return subprocess.Popen(
-        ["sh", "-c", GUARD, "guard", str(process.pid), str(int(TERM_SECONDS))],
+        ["sh", "-c", GUARD, "guard", str(process.pid), str(int(TERM_SECONDS)), scratch],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -117,6 +117,7 @@ def fake_vllm(monkeypatch, tmp_path):
     # Logs of engines that failed are kept: keep them here.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("FAKE_VLLM_REACHED", str(tmp_path / "reached"))
 
     def go_wrong(fault: str) -> None:
         monkeypatch.setenv("FAKE_VLLM", fault)

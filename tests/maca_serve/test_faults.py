@@ -40,14 +40,15 @@ WRITING = STALL.format(
 
 @pytest.fixture
 def left_behind(tmp_path):
-    """Processes of this test that still run: all of them inherited its temporary folder."""
+    """Processes of this test that still run: their temporary folder is its own or in it."""
 
     def belongs(process):
         try:
             environment = process.environ()
         except psutil.Error:
             return False
-        return environment.get("TMPDIR") == str(tmp_path) and process.pid != os.getpid()
+        ours = environment.get("TMPDIR", "").startswith(str(tmp_path))
+        return ours and process.pid != os.getpid()
 
     return lambda: [process for process in psutil.process_iter() if belongs(process)]
 
@@ -120,8 +121,8 @@ DOCTOR = """
 import sys
 from maca_serve.doctor import asking
 start = asking.start_group
-child = "import os, pathlib, tempfile, time; os.fork(); \\
-pathlib.Path(tempfile.gettempdir(), 'reached').touch(); time.sleep(600)"
+child = "import os, pathlib, time; os.fork(); \\
+pathlib.Path(os.environ['FAKE_VLLM_REACHED']).touch(); time.sleep(600)"
 asking.start_group = lambda _, *rest, **pipes: start([sys.executable, "-c", child], *rest, **pipes)
 """
 COPYING = STALL.format(place="from maca_serve import measure; measure.copy_bandwidth = stall")

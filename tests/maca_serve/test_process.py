@@ -60,24 +60,29 @@ def test_what_a_killed_process_started_is_stopped(alive, number):
     code = """
 import subprocess, time
 from maca_serve.process import start_group
-print(start_group(["sh", "-c", "sleep 99 & echo $!; wait"], {}).pid, flush=True)
+print(start_group(["sh", "-c", "sleep 99 & echo $!; echo $TMPDIR; wait"], {}).pid, flush=True)
 time.sleep(99)
 """
     script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    started = [int(script.stdout.readline()), int(script.stdout.readline())]
-    assert all(map(alive, started))
+    lines = [script.stdout.readline().strip() for _ in range(3)]
+    started = [int(line) for line in lines if line.isdigit()]
+    (scratch,) = (Path(line) for line in lines if not line.isdigit())
+    assert all(map(alive, started)) and scratch.is_dir()
     script.send_signal(number)
     script.wait(10)
     deadline = time.monotonic() + 30
     while any(map(alive, started)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, started))
+    while scratch.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not scratch.exists()
 
 
 def test_without_a_guard_nothing_is_started(alive, monkeypatch):
     started = []
 
-    def fail(process):
+    def fail(process, scratch):
         started.append(process.pid)
         raise BlockingIOError("Resource temporarily unavailable")
 

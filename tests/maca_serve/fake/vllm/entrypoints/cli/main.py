@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -86,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def stall():
     """Say that the place was reached, and stay there."""
-    Path(tempfile.gettempdir(), "reached").touch()
+    Path(os.environ["FAKE_VLLM_REACHED"]).touch()
     time.sleep(600)
 
 
