@@ -156,11 +156,23 @@ KEY = ("model", "scheme", "method", "seed")
 
 
 def read_cells(judging: Judging = MAIN) -> list[dict]:
-    """All cells so far; one that was run again, to be asked questions, as it was last."""
+    """All cells so far; one that was run again, to be asked questions, with its answers.
+
+    Its divergences stay those of its first run, which was made beside those it is compared with:
+    another processor moves a cell by more than many a method does.
+    """
+    cells: dict[tuple, dict] = {}
+    for cell in read_runs(judging):
+        answers = {name: cell.get(name) for name in ("tasks", "base_tasks")}
+        cells[identity(cell)] = {**cells.get(identity(cell), cell), **answers}
+    return list(cells.values())
+
+
+def read_runs(judging: Judging = MAIN) -> list[dict]:
+    """Every run of a cell, in order."""
     if not judging.cells.exists():
         return []
-    cells = map(json.loads, judging.cells.read_text().splitlines())
-    return list({identity(cell): cell for cell in cells}.values())
+    return [json.loads(line) for line in judging.cells.read_text().splitlines()]
 
 
 def identity(cell: dict) -> tuple:

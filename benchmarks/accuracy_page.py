@@ -25,6 +25,7 @@ from accuracy_arms import (
     TOKENS,
     WINDOWS,
     read_cells,
+    read_runs,
 )
 from accuracy_stats import (
     Cells,
@@ -37,6 +38,7 @@ from accuracy_stats import (
     paired_p,
     pairs_at,
     ratio_of_means,
+    repeats,
     right,
     shared_seeds,
     window_interval,
@@ -268,6 +270,18 @@ def mixed_pairs(groups: dict[tuple[str, str], Cells]) -> str:
     return f"{sum(differ)} of the {len(differ)}"
 
 
+def run_again() -> dict[str, str]:
+    """How far cells that were run a second time lie from their first run."""
+    found = repeats(read_runs())
+    single = [ratio for ratios in found for ratio in ratios]
+    means = [statistics.geometric_mean(ratios) for ratios in found]
+    return {
+        "again": str(len(found)),
+        "again_lengths": f"{min(single):.2f} to {max(single):.2f}",
+        "again_means": f"{min(means):.2f} to {max(means):.2f}",
+    }
+
+
 def main() -> None:
     """Write the page."""
     cells = read_cells()
@@ -287,6 +301,7 @@ def main() -> None:
             plot=plot(groups),
             machines=machines(cells),
             mixed_pairs=mixed_pairs(groups),
+            **run_again(),
             comparison=comparison_table(compared) if compared else "No cells yet.",
             contexts=context_table(grouped(read_cells(CONTEXTS))),
             context_targets=CONTEXTS.targets,

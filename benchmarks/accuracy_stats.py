@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from accuracy_arms import LENGTHS
+from accuracy_arms import LENGTHS, identity
 from scipy import stats
 
 RESAMPLES = 10_000
@@ -60,6 +60,20 @@ def changes(groups: Iterable[Cells], one: str, other: str) -> list[list[float]]:
         [mean_log_kl(cells[other][s]) - mean_log_kl(cells[one][s]) for s in seeds]
         for cells in groups
         if (seeds := shared_seeds(cells, one, other))
+    ]
+
+
+def repeats(runs: list[dict]) -> list[list[float]]:
+    """For each cell that was run again: KL of its last run over that of its first, by length."""
+    first: dict[tuple, dict] = {}
+    last: dict[tuple, dict] = {}
+    for run in runs:
+        first.setdefault(identity(run), run)
+        last[identity(run)] = run
+    return [
+        [kl(last[key], length) / kl(first[key], length) for length in LENGTHS]
+        for key in first
+        if last[key] is not first[key]
     ]
 
 

@@ -24,15 +24,15 @@ def grid(cells: Path, questions: int) -> Namespace:
     )
 
 
-def test_a_cell_without_questions_is_run_again_for_them_and_then_counts_as_it_was_last(tmp_path):
+def test_a_cell_without_questions_is_run_again_for_them_and_keeps_its_divergences(tmp_path):
     cells = tmp_path / "cells.jsonl"
     cell = {"model": "model", "scheme": "w3-g32", "method": "gptq-2048", "seed": 0}
-    cells.write_text(json.dumps({**cell, "tasks": {}}) + "\n")
+    cells.write_text(json.dumps({**cell, "kl": 0.5, "tasks": {}}) + "\n")
     assert [x["method"] for x in missing_cells(grid(cells, 0))] == ["gptq-512"]
     assert [x["method"] for x in missing_cells(grid(cells, 150))] == ["gptq-2048", "gptq-512"]
 
-    asked = {**cell, "tasks": {"piqa": {}}}
+    asked = {**cell, "kl": 0.4, "tasks": {"piqa": {}}, "base_tasks": {"piqa": {}}}
     with cells.open("a") as file:
         file.write(json.dumps(asked) + "\n")
     assert [x["method"] for x in missing_cells(grid(cells, 150))] == ["gptq-512"]
-    assert read_cells(grid(cells, 0).judging) == [asked]
+    assert read_cells(grid(cells, 0).judging) == [{**asked, "kl": 0.5}]

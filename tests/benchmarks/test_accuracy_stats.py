@@ -15,6 +15,7 @@ from accuracy_stats import (
     paired_p,
     pairs_at,
     ratio_of_means,
+    repeats,
     window_interval,
 )
 from accuracy_targets import STOCK, target_rows
@@ -64,6 +65,12 @@ def test_pairs_are_of_shared_seeds():
     t = 2 * math.sqrt(3)
     expected = 1 - t / math.sqrt(2 + t**2)
     assert paired_p([(2.0, 1.0), (4.0, 2.0), (6.0, 3.0)]) == pytest.approx(expected)
+
+
+def test_a_cell_that_was_run_again_lies_beside_its_first_run():
+    named = {"model": "m", "scheme": "s", "method": "a"}
+    runs = [{**cell(1.0), **named}, {**cell(3.0, seed=1), **named}, {**cell(1.1), **named}]
+    assert repeats(runs) == [pytest.approx([1.1, 1.1, 1.1])]
 
 
 def test_seeds_of_one_model_and_scheme_count_once():
