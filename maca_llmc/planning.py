@@ -27,7 +27,7 @@ from maca_llmc.probe import (
     search_flops,
     sweep_flops,
 )
-from maca_llmc.progress import log_warnings_once, quiet
+from maca_llmc.progress import log_warnings_once, quiet, tell
 from maca_llmc.scales import are_searched
 from maca_llmc.schemes import describe_scheme
 from maca_llmc.signatures import same_parameters_as
@@ -60,6 +60,7 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
     :raises UserError: for what ``quantize`` refuses before it loads the model
     """
     log_warnings_once()
+    tell("planning: a few seconds of trials, then the serve environment's kernels (a minute)")
     with quiet():
         run = prepare(output, **options)
         check_disk(Path(output).expanduser().absolute(), run.shapes)

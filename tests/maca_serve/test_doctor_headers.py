@@ -81,7 +81,7 @@ def test_indices_that_lie(tmp_path, weight_map, says):
 
 def test_cut_short(tmp_path):
     write(tmp_path / "model.safetensors", {"a": CODES}, cut=1)
-    with pytest.raises(UserError, match="cut short: download it again"):
+    with pytest.raises(UserError, match="cut short: download or make it again"):
         read_headers(tmp_path)
 
 

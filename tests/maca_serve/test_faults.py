@@ -291,7 +291,7 @@ def not_a_number(folder):
     ("spoil", "says"),
     [
         (not_a_number, r"weight_scale: holds NaN or infinity: quantize again"),
-        (cut, r"model-00002-of-00002.safetensors: .*cut short: download it again"),
+        (cut, r"model-00002-of-00002.safetensors: .*cut short: download or make it again"),
         (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "missing, and .* names it"),
         (lambda f: lie_in_the_index(f, "../x.safetensors"), "which is not a file of this folder"),
         (lambda f: lie_in_the_index(f, "/etc/passwd"), "which is not a file of this folder"),

@@ -181,7 +181,7 @@ def test_repack_of_a_file_cut_short_is_refused(tmp_path, shards):
     write_packed(source, 3, shards=shards)
     file = sorted(source.glob("*.safetensors"))[-1]
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(UserError, match="it was cut short: download it again"):
+    with pytest.raises(UserError, match="it was cut short: download or make it again"):
         repack(source, tmp_path / "o")
 
 

@@ -84,13 +84,15 @@ def _read_index(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = set(weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: no readable weight_map ({error}); download it again") from error
+        raise UserError(
+            f"{index}: no readable weight_map ({error}); download or make it again"
+        ) from error
     for file in files:
         path = index.parent / str(file)
         if Path(str(file)).name != file:
             raise UserError(f"{index}: names {file}, which is not a file of this folder")
         if not path.is_file():
-            raise UserError(f"{path}: missing, and {INDEX} names it; download it again")
+            raise UserError(f"{path}: missing, and {INDEX} names it; download or make it again")
     return dict(weight_map)
 
 
@@ -125,11 +127,13 @@ def _read_file(path: Path) -> list[Tensor]:
         tensors = [_parse(path, name, 8 + length, entry) for name, entry in entries.items()]
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); download it again") from error
+        raise UserError(
+            f"{path}: not a safetensors file ({error}); download or make it again"
+        ) from error
     if 8 + length + end != size:
         raise UserError(
             f"{path}: {size} bytes long where its header promises {8 + length + end};"
-            " it was cut short: download it again"
+            " it was cut short: download or make it again"
         )
     return tensors
 
