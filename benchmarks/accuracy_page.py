@@ -129,8 +129,11 @@ def context_table(groups: dict[tuple[str, str], Cells]) -> str:
 
 def effect_table(groups: dict[tuple[str, str], Cells]) -> str:
     """What each ingredient does alone: KL with it over KL without, all else alike."""
-    found = [(effect, changes(groups.values(), *effect[1:])) for effect in EFFECTS]
-    found = [(effect, by_group) for effect, by_group in found if by_group]
+    found = [
+        (effect, by_group)
+        for effect in EFFECTS
+        if (by_group := [x for cells in groups.values() if (x := changes(cells, *effect[1:]))])
+    ]
     corrected = holm([p_over_groups(by_group) for _, by_group in found])
     heads = ["what is changed", "from", "to", "KL ratio", "cells", "models x schemes"]
     rows = [[*heads, "lowest to highest", "p (Holm)"]]
@@ -270,16 +273,18 @@ def mixed_pairs(groups: dict[tuple[str, str], Cells]) -> str:
     return f"{sum(differ)} of the {len(differ)}"
 
 
-def run_again() -> dict[str, str]:
+def run_again() -> str:
     """How far cells that were run a second time lie from their first run."""
     found = repeats(read_runs())
+    if not found:
+        return "none was run again on another one"
     single = [ratio for ratios in found for ratio in ratios]
     means = [statistics.geometric_mean(ratios) for ratios in found]
-    return {
-        "again": str(len(found)),
-        "again_lengths": f"{min(single):.2f} to {max(single):.2f}",
-        "again_means": f"{min(means):.2f} to {max(means):.2f}",
-    }
+    return (
+        f"{len(found)} cells that were run again on another one (for their answers; their KL here"
+        f" is the\n  first run's) have {min(single):.2f} to {max(single):.2f} of their KL at single"
+        f" lengths, {min(means):.2f} to {max(means):.2f} in the mean over lengths"
+    )
 
 
 def main() -> None:
@@ -301,7 +306,7 @@ def main() -> None:
             plot=plot(groups),
             machines=machines(cells),
             mixed_pairs=mixed_pairs(groups),
-            **run_again(),
+            run_again=run_again(),
             comparison=comparison_table(compared) if compared else "No cells yet.",
             contexts=context_table(grouped(read_cells(CONTEXTS))),
             context_targets=CONTEXTS.targets,

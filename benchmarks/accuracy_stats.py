@@ -1,7 +1,7 @@
 """What the cells of the accuracy grid say: paired, over seeds, windows and questions."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from accuracy_arms import LENGTHS, identity
@@ -54,12 +54,11 @@ def holm(values: list[float | None]) -> list[float | None]:
     return corrected
 
 
-def changes(groups: Iterable[Cells], one: str, other: str) -> list[list[float]]:
-    """By model and scheme, how the logarithm of KL changes from one method to another, by seed."""
+def changes(cells: Cells, one: str, other: str) -> list[float]:
+    """How the logarithm of KL changes from one method to another, by shared seed."""
     return [
-        [mean_log_kl(cells[other][s]) - mean_log_kl(cells[one][s]) for s in seeds]
-        for cells in groups
-        if (seeds := shared_seeds(cells, one, other))
+        mean_log_kl(cells[other][seed]) - mean_log_kl(cells[one][seed])
+        for seed in shared_seeds(cells, one, other)
     ]
 
 

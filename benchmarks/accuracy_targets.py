@@ -7,9 +7,9 @@ import numpy as np
 from accuracy_arms import DEFAULT, LENGTHS
 from accuracy_stats import (
     Cells,
+    changes,
     kl,
     mean_and_error,
-    mean_log_kl,
     pairs_at,
     ratio_of_means,
     shared_seeds,
@@ -193,8 +193,5 @@ def asked(cells: Cells, *methods: str) -> list[int]:
 
 
 def _log_ratio(cells: Cells, one: str, other: str) -> float | None:
-    changes: Iterable[float] = [
-        mean_log_kl(cells[one][seed]) - mean_log_kl(cells[other][seed])
-        for seed in shared_seeds(cells, one, other)
-    ]
-    return float(np.exp(np.mean(changes))) if changes else None
+    by_seed = changes(cells, other, one)
+    return float(np.exp(np.mean(by_seed))) if by_seed else None

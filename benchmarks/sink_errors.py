@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accuracy import EVALUATION, quantize
-from accuracy_arms import HERE, KEY, METHODS, SCHEMES
+from accuracy_arms import HERE, KEY, METHODS, SCHEMES, identity
 
 from maca_llmc import models, record
 from maca_llmc.data import build_calibration_set
@@ -68,7 +68,7 @@ def measure(model: str, cells: list[dict], checkpoints: Path) -> dict[str, list[
     base = run(source)
     found = {}
     for cell in cells:
-        folder = checkpoints / "-".join(str(cell[key]) for key in KEY)
+        folder = checkpoints / "-".join(map(str, identity(cell)))
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / "checkpoint"
         if not checkpoint.exists():

@@ -66,8 +66,7 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
         check_disk(Path(output).expanduser().absolute(), run.shapes)
         solves = find_solves(run)
         flops = count_flops(run, solves)
-        widest = max((s.width for s in solves), default=run.config.get_text_config().hidden_size)
-        speeds = probe(run.config, widest, run.device)
+        speeds = probe(run.config, widest_input(run, solves), run.device)
     return {
         "modules": quantized_modules(run),
         "unquantized": unquantized_modules(run),
@@ -140,6 +139,12 @@ def find_solves(run: Run) -> list[Solve]:
         rows = sum(module.out_features for module in modules)
         solves.append(Solve(layer_of.get(modules[0], -1), modules[0].in_features, rows))
     return solves
+
+
+def widest_input(run: Run, solves: list[Solve]) -> int:
+    """Of what is quantized with a Hessian, or the hidden states' where nothing is."""
+    hidden: int = run.config.get_text_config().hidden_size
+    return max((solve.width for solve in solves), default=hidden)
 
 
 def count_flops(run: Run, solves: list[Solve]) -> dict[str, float]:
@@ -215,7 +220,7 @@ def estimate_memory(run: Run, solves: list[Solve]) -> dict[str, int]:
     limit = max(free - weights, 0) // 2 if run.cache_bytes is None else run.cache_bytes
     there = hidden if run.hidden_place.type != "cpu" else 0
     held = min(hidden - there, limit)
-    widest = max((solve.width for solve in solves), default=config.hidden_size)
+    widest = widest_input(run, solves)
     activations = batch * (6 * config.hidden_size + 3 * widest) * size
     activations += min(batch, ROWS_AT_ONCE) * widest * FLOAT32
     working = max([activations, *map(_solving, solves)])

@@ -13,7 +13,10 @@ Entry = dict[str, Any]
 CURVE = (
     "Output tokens per second against time per token; numbers at the points: requests in flight."
 )
-RATIO = "Ratio to the base; bars: from the lowest round to the highest; grey: within 5 %."
+RATIO = (
+    "Ratio to the base; bars: from the lowest round to the highest; grey: within"
+    f" {100 * MARGIN:g} %."
+)
 RATES = "Requests arrive at random at these rates, whether the engine keeps up or not."
 
 

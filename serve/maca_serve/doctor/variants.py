@@ -43,7 +43,7 @@ def _quantizations(quantization: dict[str, Any]) -> Iterator[tuple[str, dict[str
     yield "quantize with one scale per channel", _edit(quantization, group_size=None)
     yield "quantize without zero points", _edit(quantization, symmetric=True)
     yield (
-        f"store it in {CONTAINER_BITS}-bit containers "
+        f"store it in {CONTAINER_BITS}-bit containers"
         " (`maca-serve repack DIR OUTPUT`, or `quantize --container 4`)",
         _edit(quantization, least_bits=CONTAINER_BITS),
     )
