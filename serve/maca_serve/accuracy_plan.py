@@ -7,7 +7,14 @@ from typing import Any
 
 from maca_serve.checkpoint import Checkpoint
 from maca_serve.client import Client
-from maca_serve.corpus import Corpus, Tokens, load_tokenizer, read_corpus, tokenize
+from maca_serve.corpus import (
+    Corpus,
+    Tokens,
+    load_tokenizer,
+    read_corpus,
+    special_tokens,
+    tokenize,
+)
 from maca_serve.errors import UserError
 from maca_serve.harness import USUAL, USUAL_TASKS, Harness, open_harness
 from maca_serve.perplexity import Inputs, count_tokens, score_perplexity, window_inputs
@@ -152,6 +159,8 @@ def plan_accuracy(settings: AccuracySettings, checkpoints: list[Checkpoint]) -> 
         for kind in (NEEDLE, COPY)
         if kind in settings.tasks
     }
+    if named:
+        _require_no_ending(first, tokenizer, named[0])
     harness = open_harness(named) if named else None
     plan = AccuracyPlan(settings, corpus, tokens.prefix, inputs, questions, probes, harness)
     _require_questions_fit(plan, context)
@@ -186,6 +195,16 @@ def _require_same_tokens(
         raise UserError(
             f"{other.path}: its tokenizer gives other token ids than that of {first.path}:"
             " their perplexities cannot be compared"
+        )
+
+
+def _require_no_ending(checkpoint: Checkpoint, tokenizer: Any, task: str) -> None:
+    """Refuse lm-eval where it would put EOS between a question and its choices."""
+    if special_tokens(tokenizer)[1]:
+        raise UserError(
+            f"--tasks: {task}: the tokenizer of {checkpoint.path} ends every text with EOS, which"
+            " lm-eval takes for the end of each choice; give a JSONL file of `question`, `choices`,"
+            " `answer`"
         )
 
 

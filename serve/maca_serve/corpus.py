@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from maca_serve.errors import UserError
-from maca_serve.jsonl import read_rows
+from maca_serve.jsonl import read_rows, read_text
 
 DEFAULT_TEXT = Path(__file__).parent / "assets" / "evaluation.jsonl"
 
@@ -31,7 +31,7 @@ class Tokens:
     """A corpus as one tokenizer sees it.
 
     Attributes:
-        prefix: special tokens that the tokenizer puts before an empty string (BOS, or nothing).
+        prefix: special tokens that the tokenizer puts in front of a text (BOS, or nothing).
         documents: token ids of each document by itself, without special tokens.
     """
 
@@ -54,7 +54,7 @@ def read_corpus(path: Path | None = None) -> Corpus:
     if path.suffix == ".jsonl":
         documents = _read_jsonl(path)
     elif path.suffix == ".txt":
-        documents = [_read_txt(path)]
+        documents = [read_text(path)]
     else:
         raise UserError(f"{path}: evaluation text must be .txt or .jsonl")
     documents = [document for document in documents if document.strip()]
@@ -72,13 +72,6 @@ def _read_jsonl(path: Path) -> list[str]:
     return documents
 
 
-def _read_txt(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-
-
 def tokenize(tokenizer: Any, corpus: Corpus) -> Tokens:
     """Token ids of each document by itself, and the tokenizer's prefix.
 
@@ -86,8 +79,30 @@ def tokenize(tokenizer: Any, corpus: Corpus) -> Tokens:
         tokenizer: a transformers tokenizer.
         corpus: the documents.
     """
+    prefix, _ = special_tokens(tokenizer)
     encoded = tokenizer(corpus.documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return Tokens(list(tokenizer("")["input_ids"]), [list(ids) for ids in encoded])
+    return Tokens(prefix, [_without_prefix(list(ids), prefix) for ids in encoded])
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts in front of a text (often BOS) and behind it (seldom EOS).
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a")["input_ids"])
+    for start in range(len(full) - len(bare) + 1):
+        if bare and full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _without_prefix(ids: list[int], prefix: list[int]) -> list[int]:
+    """Take off the prefix that a text has itself, from a chat template: windows get it anyway."""
+    while prefix and ids[: len(prefix)] == prefix:
+        ids = ids[len(prefix) :]
+    return ids
 
 
 def load_tokenizer(folder: Path) -> Any:

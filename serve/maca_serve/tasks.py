@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maca_serve.client import Client
-from maca_serve.corpus import Tokens
+from maca_serve.corpus import Tokens, special_tokens
 from maca_serve.errors import UserError
 from maca_serve.jsonl import read_rows
 from maca_serve.stats import mean_and_error
@@ -54,13 +54,14 @@ def read_questions(path: Path, tokenizer: Any, limit: int, seed: int) -> list[Qu
         UserError: a broken row, named by its line, or fewer than two rows.
     """
     rows = [
-        _check_row(path, number, row)
+        (f"{path}: line {number}", _check_row(path, number, row))
         for number, row in read_rows(path, ("question", "choices", "answer"))
     ]
     _require_two(len(rows), str(path))
     if len(rows) > limit:
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-    return [_encode(tokenizer, row) for row in rows]
+    prefix, _ = special_tokens(tokenizer)
+    return [_encode(tokenizer, prefix, row, where) for where, row in rows]
 
 
 def make_continuations(tokens: Tokens, tokenizer: Any, limit: int, seed: int) -> list[Question]:
@@ -149,17 +150,24 @@ def _check_row(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _encode(tokenizer: Any, row: dict[str, Any]) -> Question:
-    """Split after encoding question and choice together: their border may change the tokens."""
+def _encode(tokenizer: Any, prefix: list[int], row: dict[str, Any], where: str) -> Question:
+    """Split after encoding question and choice together: their border may change the tokens.
+
+    Special tokens are put in front here: a tokenizer that also puts EOS behind would end the
+    question with it.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     opening = f"Question: {row['question']}\nAnswer:"
-    context = list(tokenizer(opening)["input_ids"])
-    whole = [list(tokenizer(f"{opening} {choice}")["input_ids"]) for choice in row["choices"]]
-    return Question(
-        context,
-        [ids[len(context) :] for ids in whole],
-        [len(choice.encode()) for choice in row["choices"]],
-        row["answer"],
-    )
+    context = ids_of(opening)
+    choices = [ids_of(f"{opening} {choice}")[len(context) :] for choice in row["choices"]]
+    for choice, ids in zip(row["choices"], choices, strict=True):
+        if not ids:
+            raise UserError(f"{where}: the tokenizer has no token for the choice {choice!r}")
+    sizes = [len(choice.encode()) for choice in row["choices"]]
+    return Question(prefix + context, choices, sizes, row["answer"])
 
 
 def _cut_pieces(document: list[int]) -> list[list[int]]:

@@ -3,8 +3,8 @@
 A target block is TARGETS consecutive tokens. Every document is cut into consecutive spans of the
 longest input; the block is the end of its span. The input of length L is the last L tokens up to
 and including the block, of which only the block is scored, so each length sees the same targets
-with more or less context before them. Special tokens that the tokenizer puts before an empty
-string stand in front and count towards L. The quantize side (`maca-llmc evaluate`) cuts the same
+with more or less context before them. Special tokens that the tokenizer puts in front of a text
+stand in front and count towards L. The quantize side (`maca-llmc evaluate`) cuts the same
 windows.
 """
 

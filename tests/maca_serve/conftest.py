@@ -46,17 +46,27 @@ QUANTIZATION = {
 @pytest.fixture(scope="session")
 def tokenizer_files(tmp_path_factory) -> Path:
     """A tokenizer of one token per word that puts `<s>` in front."""
+    return _save_tokenizer(tmp_path_factory.mktemp("tokenizer"), "<s> $A")
+
+
+@pytest.fixture(scope="session")
+def ending_tokenizer_files(tmp_path_factory) -> Path:
+    """One that also puts `</s>` behind every text."""
+    return _save_tokenizer(tmp_path_factory.mktemp("ending"), "<s> $A </s>")
+
+
+def _save_tokenizer(folder: Path, single: str) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", *WORDS])}
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", *WORDS, "</s>"])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
+        single=single, special_tokens=[("<s>", 1), ("</s>", vocabulary["</s>"])]
     )
-    folder = tmp_path_factory.mktemp("tokenizer")
     wrapped = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>")
+    wrapped.add_special_tokens({"eos_token": "</s>"})
     wrapped.save_pretrained(folder)
     return folder
 
@@ -112,7 +122,8 @@ def text(tmp_path) -> Path:
 def fake_vllm(monkeypatch, tmp_path):
     """The fake vLLM for this process and its children; call it to make something go wrong."""
     monkeypatch.syspath_prepend(FAKE)
-    monkeypatch.setenv("PYTHONPATH", f"{FAKE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    paths = [str(FAKE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))  # an empty one is the current folder
     monkeypatch.delenv("FAKE_VLLM", raising=False)
     # Logs of engines that failed are kept: keep them here.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

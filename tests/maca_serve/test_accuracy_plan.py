@@ -1,7 +1,9 @@
 from types import SimpleNamespace
 
 import pytest
-from maca_serve.accuracy_plan import AccuracyPlan
+from maca_serve.accuracy_plan import AccuracyPlan, plan_accuracy
+from maca_serve.checkpoint import open_checkpoint
+from maca_serve.errors import UserError
 from maca_serve.settings import AccuracySettings
 
 
@@ -20,3 +22,11 @@ def test_the_engine_has_room_for_the_longest_request_and_one_token(lengths, prom
         harness=None,
     )
     assert plan.longest == longest
+
+
+def test_lm_eval_is_refused_where_the_tokenizer_ends_texts(base, ending_tokenizer_files, text):
+    for file in ending_tokenizer_files.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    settings = AccuracySettings(text=text, lengths=(64,), windows=2, tasks=("arc_easy",))
+    with pytest.raises(UserError, match=r"arc_easy: the tokenizer of .* ends every text with EOS"):
+        plan_accuracy(settings, [open_checkpoint(base)])

@@ -100,3 +100,18 @@ def test_continuations_are_true_text_of_one_document(tokenizer):
 def test_text_without_room_for_wrong_choices(tokenizer):
     with pytest.raises(UserError, match="0 questions"):
         make_continuations(Tokens([], [list(range(300))]), tokenizer, 8, 0)
+
+
+def test_a_tokenizer_that_ends_texts_with_eos_scores_whole_choices(
+    tmp_path, tokenizer, ending_tokenizer_files
+):
+    row = {"question": "w1 w2", "choices": ["w3", "w4 w5"], "answer": 1}
+    path = rows_file(tmp_path, [row, row])
+    ending = load_tokenizer(ending_tokenizer_files)
+    assert read_questions(path, ending, 10, 0) == read_questions(path, tokenizer, 10, 0)
+
+
+def test_a_choice_without_tokens_is_named(tmp_path, tokenizer):
+    row = {"question": "w1", "choices": ["w3", "  "], "answer": 0}
+    with pytest.raises(UserError, match="line 1: the tokenizer has no token for the choice '  '"):
+        read_questions(rows_file(tmp_path, [row, row]), tokenizer, 10, 0)
