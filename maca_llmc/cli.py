@@ -1,7 +1,9 @@
 """The ``maca-llmc`` command."""
 
+import os
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +35,8 @@ def main() -> None:
     """Run the command; what the user can mend is one line on standard error and exit code 2."""
     if find_spec("llmcompressor") is None:
         sys.exit(_fail(maca_llmc.MISSING))
+    os.environ["PYTHONSAFEPATH"] = "1"  # no child takes modules from the current folder
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up, and says what is kept
     try:
         words = sys.argv[1:] or ["--help"]
         code = app(words, prog_name="maca-llmc", standalone_mode=False)
@@ -51,6 +55,17 @@ def main() -> None:
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     return 2
+
+
+def _showing_warnings(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Have llm-compressor's warnings shown, and nothing else of what it logs.
+
+    :param call: of ours, so that llm-compressor is imported: it sets up logging when it is
+    """
+    from maca_llmc.progress import log_warnings_once  # brings torch
+
+    log_warnings_once()
+    return call
 
 
 def _check_file(output: Path) -> None:
@@ -152,7 +167,7 @@ def quantize(
     ] = False,
 ) -> None:
     """Quantize MODEL by RECIPE and write a checkpoint that vLLM loads."""
-    folder = maca_llmc.quantize(
+    folder = _showing_warnings(maca_llmc.quantize)(
         output,
         model=model,
         recipe=recipe,
@@ -185,7 +200,7 @@ def plan_run(**flags: Any) -> None:
     from maca_llmc.plan_table import print_plan  # brings torch, which takes seconds to import
 
     flags["scales"] = _numbers(flags["scales"], "--scales")
-    print_plan(maca_llmc.plan(flags.pop("output"), **flags))
+    print_plan(_showing_warnings(maca_llmc.plan)(flags.pop("output"), **flags))
 
 
 @app.command()

@@ -1,13 +1,13 @@
 """What a machine runs out of, said in one line with what to lower."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from maca_llmc.errors import UserError
 
@@ -17,12 +17,16 @@ EXHAUSTED = ("can't allocate memory", "not enough memory", "Cannot allocate memo
 EXHAUSTED_DEVICE = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 """How CUDA and its libraries say it where torch's own allocator was not asked."""
 
+LOST_DISK = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EFBIG)
+
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
 ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 
 
 @contextmanager
 def named_faults(folder: Path) -> Iterator[None]:
-    """Turn a full disk and exhausted memory into a ``UserError`` that says what to lower.
+    """Turn a disk that is full or fails and exhausted memory into a ``UserError`` with a cure.
 
     :param folder: where the block writes
     """
@@ -33,12 +37,16 @@ def named_faults(folder: Path) -> Iterator[None]:
     try:
         with named_memory(f"lower --cache-gb and go on with --resume, or {smaller}", smaller):
             yield
-    except (OSError, SafetensorError) as error:
-        if not is_disk_full(error):
+    except UserError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            what = f"no space left on the disk of {folder}: free some"
+        elif _is_failed_write(error, folder):
+            what = f"cannot write to {folder} ({os.strerror(_number(error) or 0)}): mend that"
+        else:
             raise
-        raise UserError(
-            f"no space left on the disk of {folder}: free some, then run again with --resume"
-        ) from error
+        raise UserError(f"{what}, then run again with --resume") from error
 
 
 @contextmanager
@@ -57,10 +65,24 @@ def named_memory(on_host: str, on_device: str) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, of Python or of safetensors, is that of a full disk."""
+    """Whether an error, of Python, of safetensors or of tokenizers, is that of a full disk."""
+    return _number(error) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _is_failed_write(error: Exception, folder: Path) -> bool:
+    """Whether a disk that went away is behind it, or something that happened to ``folder``."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, SafetensorError) and "No space left" in str(error)
+        names = [Path(str(name)) for name in (error.filename, error.filename2) if name is not None]
+        return error.errno in LOST_DISK or any(name.is_relative_to(folder) for name in names)
+    return _number(error) is not None
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's number for an error; Rust's libraries say it in words only."""
+    if isinstance(error, OSError):
+        return error.errno
+    said = OS_ERROR.search(str(error))
+    return int(said[1]) if said else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

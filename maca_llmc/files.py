@@ -22,3 +22,8 @@ def unwritable_parent(output: Path) -> Path | None:
     """What keeps ``output`` from being made: a file or a read-only folder above it, or None."""
     parent = existing_parent(output)
     return None if parent.is_dir() and os.access(parent, os.W_OK) else parent
+
+
+def is_free(output: Path) -> bool:
+    """Whether a folder can be renamed to ``output`` and nothing is lost: none there, or empty."""
+    return not output.exists() or (output.is_dir() and not any(output.iterdir()))

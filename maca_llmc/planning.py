@@ -18,7 +18,8 @@ from maca_llmc.distinct_inputs import distinct_inputs, forward_flops
 from maca_llmc.full_precision import asymmetric_modifiers, forward_passes
 from maca_llmc.hessian import ROWS_AT_ONCE
 from maca_llmc.llmcompressor_api import GPTQModifier, decoder_layers
-from maca_llmc.prepare import Run, check_disk, prepare
+from maca_llmc.output import check_disk, resolve_output
+from maca_llmc.prepare import Run, prepare
 from maca_llmc.probe import (
     Speeds,
     factorize_flops,
@@ -27,7 +28,7 @@ from maca_llmc.probe import (
     search_flops,
     sweep_flops,
 )
-from maca_llmc.progress import log_warnings_once, quiet, tell
+from maca_llmc.progress import quiet, tell
 from maca_llmc.scales import are_searched
 from maca_llmc.schemes import describe_scheme
 from maca_llmc.signatures import same_parameters_as
@@ -59,11 +60,10 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
         ``kernels``
     :raises UserError: for what ``quantize`` refuses before it loads the model
     """
-    log_warnings_once()
     tell("planning: a few seconds of trials, then the serve environment's kernels (a minute)")
     with quiet():
         run = prepare(output, **options)
-        check_disk(Path(output).expanduser().absolute(), run.shapes)
+        check_disk(resolve_output(output), run.shapes)
         solves = find_solves(run)
         flops = count_flops(run, solves)
         speeds = probe(run.config, widest_input(run, solves), run.device)

@@ -1,6 +1,5 @@
 """Check all that can be checked before the weights are loaded, and decide the rest."""
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,19 +10,18 @@ from typing import Any
 import torch
 from loguru import logger
 
-from maca_llmc import defaults, models, record
+from maca_llmc import defaults, models
 from maca_llmc.containers import CONTAINER_BITS, check_container
 from maca_llmc.data import CalibrationSet, build_calibration_set
 from maca_llmc.device import compute_on, resolve_device
 from maca_llmc.errors import UserError
-from maca_llmc.files import existing_parent, unwritable_parent
 from maca_llmc.full_precision import asymmetric_modifiers
 from maca_llmc.hidden_states import waiting_place
 from maca_llmc.inspection import DiagonalRecorder, inspected_modules
 from maca_llmc.llmcompressor_api import Recipe
+from maca_llmc.output import check_output, resolve_output
 from maca_llmc.recipes import default_recipe, quantizing_modifiers, read_recipe
 from maca_llmc.schemes import check_schemes
-from maca_llmc.state import state_folder
 from maca_llmc.targets import check_overlap, linear_widths, unlike_siblings
 
 
@@ -118,7 +116,7 @@ def prepare(
     :param resume: go on after the last layer that a killed run of the same settings finished
     :raises UserError: for anything the user can mend; nothing is written
     """
-    _check_output(Path(output), overwrite, resume)
+    check_output(resolve_output(output), str(model), overwrite, resume)
     if container not in (None, CONTAINER_BITS):
         raise UserError(f"--container {container}: only {CONTAINER_BITS} is supported")
     if cache_gb is not None and cache_gb < 0:
@@ -180,44 +178,3 @@ def prepare(
         cache_bytes=None if cache_gb is None else int(cache_gb * 1e9),
         container=container,
     )
-
-
-def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
-    output = output.expanduser().absolute()
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file: give a folder")
-    finished = resume and record.finished_identity(output) is not None
-    if output.is_dir() and any(output.iterdir()) and not finished:
-        _check_replaced(output, overwrite)
-    if parent := unwritable_parent(output):
-        raise UserError(f"output {output} cannot be made in {parent}: give another one")
-
-
-def _check_replaced(output: Path, overwrite: bool) -> None:
-    if not (output / record.RECORD_FILE).is_file():
-        # --overwrite removes all of the folder: a slip of the hand must not cost a model.
-        raise UserError(
-            f"output folder {output} holds what maca-llmc did not make (it has no "
-            f"{record.RECORD_FILE}): give another one, or empty it yourself"
-        )
-    if not overwrite:
-        raise UserError(f"output folder {output} is not empty: give another one or --overwrite")
-
-
-def check_disk(output: Path, shapes: torch.nn.Module) -> None:
-    """Refuse a disk that is too full for finished layers and the checkpoint.
-
-    Neither is larger than the model; layers that a killed run has finished are there already.
-
-    :raises UserError: says how much is free and how much is needed
-    """
-    model = sum(p.numel() * p.element_size() for p in shapes.parameters())
-    there = sum(f.stat().st_size for f in state_folder(output).glob("layer-*.safetensors"))
-    needed = model + max(model - there, 0)
-    parent = existing_parent(output)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(
-            f"{parent} has {free / 1e9:.1f} GB free and the run may need {needed / 1e9:.1f} GB "
-            "(finished layers and the checkpoint): free some or give another --output"
-        )

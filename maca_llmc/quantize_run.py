@@ -23,8 +23,9 @@ from maca_llmc.llmcompressor_api import (
 )
 from maca_llmc.losses import recorded_losses
 from maca_llmc.modifier import MaCaModifier
-from maca_llmc.prepare import Run, check_disk, prepare
-from maca_llmc.progress import layer_progress, log_warnings_once, quiet, tell, tell_calibration
+from maca_llmc.output import check_disk, resolve_output
+from maca_llmc.prepare import Run, prepare
+from maca_llmc.progress import layer_progress, quiet, tell, tell_calibration
 from maca_llmc.recipes import save_recipe
 from maca_llmc.resume import LayerKeeper, run_identity
 from maca_llmc.schemes import describe_scheme
@@ -47,8 +48,7 @@ def quantize(output: str | Path, **options: Any) -> Path:
     :raises UserError: for anything the user can mend: bad input before anything is written, a full
         disk or exhausted memory with the finished layers kept
     """
-    log_warnings_once()
-    output = Path(output).expanduser().absolute()
+    given, output = Path(output).expanduser().absolute(), resolve_output(output)
     run = prepare(output, **options)
     check_disk(output, run.shapes)
     identity = run_identity(run)
@@ -56,16 +56,18 @@ def quantize(output: str | Path, **options: Any) -> Path:
     if resume and (finished := record.finished_identity(output)) is not None:
         if finished == identity:  # killed after the checkpoint was put in place
             RunState(output, identity, resume=True).close(keep=False)
-            return output
+            return given
         if not overwrite:
             raise UserError(f"output folder {output} is not empty: give another one or --overwrite")
     state = RunState(output, identity, resume=resume, anew=overwrite)
-    if resume and not state.finished:
+    if resume and not (state.finished or state.is_complete):
         logger.warning(f"nothing to resume in {state.folder}: starting anew")
     done = False
     try:
         with named_faults(state.folder):
-            _quantize(run, output, state, identity)
+            if not state.is_complete:
+                _quantize(run, output.name, state, identity)
+            state.put_in_place(replace=overwrite and (output / record.RECORD_FILE).is_file())
         done = True
     finally:
         state.close(keep=not done)
@@ -74,10 +76,10 @@ def quantize(output: str | Path, **options: Any) -> Path:
                 f"{state.finished} finished layers ({state.bytes / 1e6:.0f} MB) are kept in "
                 f"{state.folder}: the same command with --resume goes on after them"
             )
-    return output
+    return given
 
 
-def _quantize(run: Run, output: Path, state: RunState, identity: dict[str, Any]) -> None:
+def _quantize(run: Run, name: str, state: RunState, identity: dict[str, Any]) -> None:
     quantized = _calibrate(run, state)
     if run.container:
         widen_containers(quantized)
@@ -87,8 +89,9 @@ def _quantize(run: Run, output: Path, state: RunState, identity: dict[str, Any])
         models.save_model(quantized, partial)
         run.processor.save_pretrained(partial)
         save_recipe(run.recipe, partial)
-    _write_records(run, partial, output.name, state, identity)
-    _put_in_place(partial, output, state.folder / "previous")
+    _write_records(run, partial, name, state, identity)
+    _make_readable(partial)
+    state.complete(partial)
 
 
 def _calibrate(run: Run, state: RunState) -> Any:
@@ -195,18 +198,10 @@ def _public_name(run: Run) -> str:
     return run.source
 
 
-def _put_in_place(partial: Path, output: Path, previous: Path) -> None:
-    """Rename ``partial`` to ``output``; what was there goes to ``previous``."""
+def _make_readable(folder: Path) -> None:
+    """Give files the rights of any new file: safetensors writes for its owner only."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in partial.rglob("*"):
+    for file in folder.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~umask)  # safetensors writes for its owner only
-    if output.exists():
-        output.rename(previous)
-    try:
-        partial.rename(output)
-    except BaseException:
-        if previous.exists():
-            previous.rename(output)
-        raise
+            file.chmod(0o666 & ~umask)

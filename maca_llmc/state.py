@@ -7,6 +7,7 @@ One hidden folder beside the output, ``.NAME.run``::
     layer-0000.safetensors ...   finished layers
     progress.json    how many of them count, their hashes, and what was measured so far
     checkpoint/      the checkpoint being written
+    finished/        the checkpoint, whole, until it is renamed to the output
     previous/        the output that it replaces
     spill/           hidden states that did not fit in memory
 
@@ -15,23 +16,29 @@ kill, what it lists is whole. A resumed run loads these layers and passes the ca
 through them again, which gives the hidden states it was killed with, bit for bit.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from maca_llmc.errors import UserError
+from maca_llmc.files import is_free
 
 Tensors = dict[str, torch.Tensor]
+
+LOCK = "lock"
+SCRATCH = ("checkpoint", "spill", ".*.partial")
+"""What is of no use to a run that goes on."""
 
 
 class RunState:
@@ -52,14 +59,20 @@ class RunState:
         self.bytes = 0
         self.layers: list[str] = []
         self.content: dict[str, Any] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("a")
+        self._output = output
+        self._previous = self.folder / "previous"
+        self._finished = self.folder / "finished"
+        self._lock = FileLock(self.folder / LOCK, timeout=0)
         try:
-            self._take_lock(output)
-            self._give_back(output)
+            self._take_lock()
+            self._give_back()
             self._open(json.loads(json.dumps(identity)), resume, anew and not resume)
-        except BaseException:
-            self._lock.close()
+        except BaseException as error:
+            self._let_go()
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"cannot write to {self.folder}: {error.strerror or error}"
+                ) from error
             raise
 
     @property
@@ -96,46 +109,105 @@ class RunState:
             pass
         raise self._damaged(path)
 
-    def close(self, keep: bool) -> None:
-        """Let go of the folder, and remove it unless finished layers are worth keeping."""
-        if keep and self.layers:
-            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-            shutil.rmtree(self.folder / "spill", ignore_errors=True)
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+    @property
+    def is_complete(self) -> bool:
+        """Whether the checkpoint is whole and waits for its place."""
+        return self._finished.is_dir()
 
-    def _take_lock(self, output: Path) -> None:
+    def complete(self, checkpoint: Path) -> None:
+        """Take a whole checkpoint, written in this folder.
+
+        :raises OSError: when the disk is full, which some file systems say only now
+        """
+        for file in checkpoint.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        checkpoint.rename(self._finished)
+
+    def put_in_place(self, replace: bool) -> None:
+        """Rename the finished checkpoint to the output.
+
+        :param replace: what is there, which goes with the state
+        :raises UserError: when that fails; the checkpoint and what was there stay
+        """
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            try:
+                if not is_free(self._output):
+                    if not replace:
+                        raise FileExistsError(None, "it is not empty")
+                    self._output.rename(self._previous)
+                self._finished.rename(self._output)
+            finally:
+                self._give_back()
+        except OSError as error:
             raise UserError(
-                f"another run is writing {output}: wait for it or give another --output"
+                f"the checkpoint is finished and cannot be renamed to {self._output} "
+                f"({error.strerror or error}): it is in {self._finished}; move it, or mend that "
+                "and run again with --resume"
+            ) from error
+
+    def close(self, keep: bool) -> None:
+        """Let go of the folder, and remove what no run needs any more.
+
+        :param keep: finished layers and a finished checkpoint. An output that was moved out of the
+            way and could not be put back is always kept.
+        """
+        with contextlib.suppress(OSError):  # then they stay
+            self._remove(*(SCRATCH if keep and (self.layers or self.is_complete) else "*"))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with contextlib.suppress(OSError):
+            if [path.name for path in self.folder.iterdir()] == [LOCK] and self._lock.is_locked:
+                # While it is held: who waits for this file sees that it is gone.
+                (self.folder / LOCK).unlink()
+                self.folder.rmdir()
+        self._lock.release()
+
+    def _take_lock(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.stat().st_dev != self.folder.parent.stat().st_dev:
+            raise UserError(
+                f"{self.folder} is on another disk than {self._output} will be: remove it"
+            )
+        try:
+            self._lock.acquire()
+        except (Timeout, FileNotFoundError):  # the latter where it has just removed the folder
+            raise UserError(
+                f"another run is writing {self._output}: wait for it or give another --output"
             ) from None
 
-    def _give_back(self, output: Path) -> None:
-        """Put back the output that a run killed between two renames had moved out of the way."""
-        previous = self.folder / "previous"
-        if previous.exists() and not output.exists():
-            previous.rename(output)
+    def _give_back(self) -> None:
+        """Put back the output that was moved out of the way of one that did not come."""
+        if self._previous.exists() and is_free(self._output):
+            self._previous.rename(self._output)
+
+    def _remove(self, *patterns: str) -> None:
+        for path in chain.from_iterable(map(self.folder.glob, patterns)):
+            if path.name == LOCK or (path == self._previous and is_free(self._output)):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _open(self, identity: dict[str, Any], resume: bool, anew: bool) -> None:
-        for name in ("checkpoint", "spill", "previous"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._remove(*SCRATCH, "previous")
         if anew:
-            for name in ("identity.json", "progress.json"):
-                (self.folder / name).unlink(missing_ok=True)
+            self._remove("*.json", "finished")
         known = self._read("identity.json")
         progress = self._read("progress.json")
-        if known is None or progress is None:  # killed before its first layer was finished
-            for left in self.folder.glob("layer-*"):
-                left.unlink()
+        if known is None or (progress is None and not self.is_complete):
+            # killed before its first layer was finished
+            self._remove("layer-*", "finished")
             self._write("identity.json", identity)
             return
+        progress = progress or {"layers": [], "content": {}}
         if not resume:
+            left = f"{len(progress['layers'])} finished layers"
             raise UserError(
-                f"{self.folder} holds {len(progress['layers'])} finished layers of a run that did "
-                "not end: go on with --resume, or start anew with --overwrite"
+                f"{self.folder} holds {'a finished checkpoint' if self.is_complete else left} of a "
+                "run that did not end: go on with --resume, or start anew with --overwrite"
             )
         _check_identity(known, identity)
         self.layers, self.content = progress["layers"], progress["content"]

@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
 from safetensors.torch import load_file, save_file
 from tiny import random_text
 
@@ -162,13 +164,26 @@ def test_version_names_what_decides_the_result(monkeypatch, capsys):
     assert dict(line.split() for line in out.splitlines()) == record.versions()
 
 
-def test_an_interrupt_says_so(here, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_says_so(here, monkeypatch, capsys, number):
     def interrupted(*args, **settings):
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(maca_llmc, "quantize", interrupted)
     code, _, lines = run(monkeypatch, capsys, "quantize", *options(here))
     assert code == 130 and lines == ["error: interrupted"]
+
+
+def test_the_command_shows_warnings_once_each_and_nothing_below_them(here, monkeypatch, capsys):
+    def call(output, **settings):
+        logger.info("chatter")
+        for _ in range(2):
+            logger.warning("a module was rounded")
+        return here
+
+    monkeypatch.setattr(maca_llmc, "quantize", call)
+    code, _, lines = run(monkeypatch, capsys, "quantize", *options(here))
+    assert code == 0 and lines == ["WARNING: a module was rounded"]
 
 
 def test_a_bug_of_ours_keeps_its_traceback(here, monkeypatch):

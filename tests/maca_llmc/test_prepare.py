@@ -5,6 +5,7 @@ import torch
 from checkpoints import DATA
 from loguru import logger
 
+from maca_llmc import plan, planning, quantize
 from maca_llmc import prepare as preparing
 from maca_llmc.prepare import prepare
 
@@ -31,3 +32,15 @@ def test_linears_that_vllm_fuses_and_that_differ_are_warned_of(tiny_models, tmp_
         logger.remove(handle)
     (message,) = [message for message in said if "vLLM fuses" in message]
     assert message.startswith("q_proj, k_proj, v_proj of model.layers.0.self_attn have different")
+
+
+def test_calls_leave_the_logging_of_their_program_alone(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "ask_kernels", lambda run: [])
+    said = []
+    handle = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    settings = {"model": str(tiny_models("llama", num_hidden_layers=1)), **DATA}
+    for call in (plan, quantize):
+        call(tmp_path / "out", **settings)
+        logger.warning(call.__name__)
+    logger.remove(handle)  # fails where it is gone
+    assert {"plan", "quantize"} <= set(said)

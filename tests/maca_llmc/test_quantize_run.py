@@ -379,8 +379,8 @@ def test_overwrite_replaces_only_when_the_new_one_is_complete(tiny_models, tmp_p
     assert left_over(output) == ["maca_run.json", "old"]
     assert left_over(tmp_path) == [".out.run", "out"]
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", renaming_that_fails_once(Path.rename, "checkpoint"))
-        with pytest.raises(OSError, match="no rename"):
+        patched.setattr(Path, "rename", renaming_that_fails(Path.rename, "finished"))
+        with pytest.raises(UserError, match="no rename"):
             quantize(source, output, overwrite=True)
     assert left_over(output) == ["maca_run.json", "old"]
     assert left_over(tmp_path) == [".out.run", "out"]
@@ -389,7 +389,7 @@ def test_overwrite_replaces_only_when_the_new_one_is_complete(tiny_models, tmp_p
     assert left_over(tmp_path) == ["out"]
 
 
-def renaming_that_fails_once(original, suffix):
+def renaming_that_fails(original, suffix):
     def rename(self, target):
         if self.name.endswith(suffix):
             raise OSError("no rename")

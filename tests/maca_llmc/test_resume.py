@@ -1,5 +1,6 @@
 """Runs that are killed, and go on: their tensors are those of a run that was not."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import quantize, tensors
+from loguru import logger
 from transformers import AutoModelForCausalLM
 
 from maca_llmc import quantize_run
@@ -51,6 +53,8 @@ elif moment == "while saving":
     kill_at(models, "save_model", lambda *args: True, after=True)
 elif moment == "before it is renamed":
     kill_at(Path, "rename", lambda self, target: self.name == "checkpoint")
+elif moment == "before it is put in place":
+    kill_at(Path, "rename", lambda self, target: self.name == "finished")
 elif moment == "before it is tidied up":
     kill_at(state.RunState, "close", lambda *args: True)
 quantize(sys.argv[1], Path(sys.argv[2]), overwrite=True)
@@ -88,6 +92,15 @@ def unbroken(source, tmp_path_factory):
     return quantize(source, tmp_path_factory.mktemp("unbroken") / "out")
 
 
+@pytest.fixture
+def said():
+    """Warnings of a run, as a program that calls it has them."""
+    messages = []
+    handle = logger.add(lambda message: messages.append(message.record["message"]), level="WARNING")
+    yield messages
+    logger.remove(handle)  # fails where the run has removed it
+
+
 @pytest.mark.parametrize(
     ("moment", "finished"),
     [
@@ -96,6 +109,7 @@ def unbroken(source, tmp_path_factory):
         ("after the second layer", 2),
         ("while saving", LAYERS),
         ("before it is renamed", LAYERS),
+        ("before it is put in place", LAYERS),
         ("before it is tidied up", LAYERS),
     ],
 )
@@ -122,7 +136,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         quantize(source, output, resume=True, overwrite=True)
     assert calibrated == list(range(finished, LAYERS)), "finished layers are not done again"
     said = f"{finished} of {LAYERS} layers are finished already"
-    done = moment == "before it is tidied up"  # then there is nothing left to run
+    # then there is nothing left to run
+    done = moment in ("before it is put in place", "before it is tidied up")
     assert (said in capsys.readouterr().err) == (finished > 0 and not done)
     same_tensors(output, unbroken)
     assert left_over(tmp_path) == ["out"] and not (output / "old").exists()
@@ -227,9 +242,10 @@ def test_a_checkpoint_moved_out_of_the_way_by_a_killed_run_is_put_back(source, t
     output.mkdir()
     for name in ("old", RECORD_FILE):
         (output / name).touch()
-    start_killed(source, output, "before it is renamed")
+    start_killed(source, output, "before it is put in place")
     assert not output.exists()
-    with pytest.raises(UserError, match="go on with --resume, or start anew"):
+    match = "holds a finished checkpoint .* go on with --resume, or start anew"
+    with pytest.raises(UserError, match=match):
         quantize(source, output)
     assert (output / "old").exists()
 
@@ -264,9 +280,70 @@ def test_without_resume_a_killed_run_is_in_the_way_and_says_what_to_do(source, k
     assert left_over(killed.parent) == ["out"]
 
 
-def test_nothing_to_resume_is_a_run_from_the_start_and_said(source, unbroken, tmp_path, capsys):
+def test_nothing_to_resume_is_a_run_from_the_start_and_said(source, unbroken, tmp_path, said):
     same_tensors(quantize(source, tmp_path / "out", resume=True), unbroken)
-    assert f"nothing to resume in {tmp_path / '.out.run'}: starting anew" in capsys.readouterr().err
+    assert f"nothing to resume in {tmp_path / '.out.run'}: starting anew" in said
+
+
+def failing_rename(monkeypatch, number, when):
+    """Have a rename fail as the operating system has it fail."""
+    original = Path.rename
+
+    def rename(self, target):
+        if when(self):
+            raise OSError(number, os.strerror(number))
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_checkpoint_that_cannot_be_put_in_place_is_kept(
+    source, unbroken, tmp_path, monkeypatch, number, replaced
+):
+    output, finished = tmp_path / "out", tmp_path / ".out.run" / "finished"
+    if replaced:
+        output.mkdir()
+        for name in ("old", RECORD_FILE):
+            (output / name).touch()
+    match = rf"is finished and cannot be renamed to {output} \({os.strerror(number)}\): it is in"
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=match) as caught:
+        failing_rename(patched, number, lambda path: path.name == "finished")
+        quantize(source, output, overwrite=replaced)
+    assert str(finished) in str(caught.value) and "\n" not in str(caught.value)
+    same_tensors(finished, unbroken)
+    assert left_over(output) == [RECORD_FILE, "old"] if replaced else not output.exists()
+    monkeypatch.setattr(quantize_run, "_calibrate", lambda *_: pytest.fail("all is finished"))
+    same_tensors(quantize(source, output, resume=True, overwrite=replaced), unbroken)
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_what_came_to_the_output_meanwhile_is_not_replaced(source, unbroken, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    original = quantize_run._calibrate
+
+    def calibrate(*args):
+        output.mkdir()
+        (output / "mine").touch()
+        return original(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="it is not empty"):
+        patched.setattr(quantize_run, "_calibrate", calibrate)
+        quantize(source, output, overwrite=True)
+    assert left_over(output) == ["mine"]
+    (output / "mine").unlink()
+    same_tensors(quantize(source, output, resume=True), unbroken)
+
+
+def test_a_link_stays_and_its_target_is_made(source, unbroken, tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "out")
+    for overwrite in (False, True):
+        assert quantize(source, link, overwrite=overwrite) == link
+        assert link.is_symlink() and left_over(tmp_path / "disk") == ["out"]
+    same_tensors(link, unbroken)
 
 
 @pytest.mark.parametrize(
