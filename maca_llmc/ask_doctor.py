@@ -1,6 +1,7 @@
 """Which vLLM kernels would run a checkpoint: asked of the serve environment, which has vLLM."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,13 @@ def _ask(doctor: Path, shapes: Path) -> list[dict[str, Any]]:
     try:
         with Console(stderr=True).status("asking vLLM for its kernels"):
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIMEOUT, check=False
+                command,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+                # nothing that it starts takes modules from the current folder
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
             )
         answers = json.loads(done.stdout)
     except subprocess.TimeoutExpired:

@@ -4,6 +4,7 @@ Read and written bytes are both counted, as in STREAM's copy.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import numpy as np
 
 from maca_serve.errors import UserError
 from maca_serve.machine import physical_cpus
+from maca_serve.process import SAFE_PATH
 
 # Far larger than any cache that a copy could stay in.
 ARRAY_BYTES = 512 * 1024**2
@@ -39,7 +41,8 @@ def copy_bandwidth(vllm_version: str, ranks: int = 1) -> dict[str, Any]:
         return {"bytes_per_s": _on_cpu(threads), "on": f"CPU, {threads} threads"}
     # In a process of its own, whose CUDA context takes no memory from the engines.
     command = [sys.executable, "-m", "maca_serve.bandwidth"]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **SAFE_PATH}
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if child.returncode:
         last = (child.stderr.strip() or "no message").splitlines()[-1]
         raise UserError(f"the card's copy bandwidth cannot be measured: {last}")

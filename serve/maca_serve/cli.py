@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from maca_serve.options import (
     split,
     split_tasks,
 )
+from maca_serve.process import SAFE_PATH
 from maca_serve.settings import (
     CONCURRENCY,
     INPUT_LEN,
@@ -327,6 +329,7 @@ def verify(
 
 def main() -> None:
     """Run the command line: 0 on success, 2 on a user's error, 130 on Ctrl-C."""
+    os.environ.update(SAFE_PATH)  # whatever a library here starts
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     # a shell starts what it puts in the background with this one ignored, and so would we

@@ -29,6 +29,9 @@ if ! read -r _; then
 fi
 rm -rf -- "$3"
 """
+# For every Python among our children and theirs: the current folder, which may be a downloaded
+# repository, is not where they look for modules.
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 # Those that run, and their guards: an interrupt may come between a start and the `with` that would
 # stop it.
 _running: dict[subprocess.Popen[str], subprocess.Popen[str]] = {}
@@ -40,7 +43,8 @@ def start_group(
     """Start a command as leader of its own session, so that all it starts can be stopped with it.
 
     It is stopped as well when this process ends without a chance to do so, as by SIGKILL. Its
-    temporary files have a folder of their own, which is removed with it.
+    temporary files have a folder of their own, which is removed with it. A Python takes no modules
+    from the current folder.
 
     Args:
         command: program and arguments.
@@ -54,7 +58,7 @@ def start_group(
             process = subprocess.Popen(
                 command,
                 # vLLM looks for programs that its environment brings (ninja, nvcc) in the PATH
-                env={**os.environ, "PATH": _path(), "TMPDIR": scratch, **environment},
+                env={**os.environ, **SAFE_PATH, "PATH": _path(), "TMPDIR": scratch, **environment},
                 start_new_session=True,
                 text=True,
                 **streams,  # type: ignore[call-overload]

@@ -78,6 +78,17 @@ def test_a_doctor_that_fails_leaves_it_unknown_and_says_why(run, doctor):
     assert entry["unknown"] == "error: vllm is not installed here"
 
 
+def test_no_child_takes_code_from_the_current_folder(run, doctor, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('error: ran')")
+    monkeypatch.chdir(tmp_path)
+    doctor(
+        "import subprocess\n"
+        "subprocess.run([sys.executable, '-c', 'import json'], check=True)\n"
+        f"print({json.dumps([ANSWER] * 5)!r})"
+    )
+    assert all("unknown" not in entry for entry in ask_doctor.ask_kernels(run))
+
+
 def test_without_a_serve_environment_it_is_unknown(run, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,7 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from maca_serve.bandwidth import copy_bandwidth
+from maca_serve.bench import Benchmark
+from maca_serve.checkpoint import open_checkpoint
+from maca_serve.doctor.asking import ask
+from maca_serve.engine import Engine
+from maca_serve.errors import UserError
+from maca_serve.fit import Fit
+from maca_serve.loads import Load
 from maca_serve.process import start_group, stop_group
+from maca_serve.settings import SpeedSettings
 
 DEAF = """
 import signal, time
@@ -123,3 +133,44 @@ def test_no_guard_stays():
     before = set(psutil.Process().children())
     stop_group(start_group(["sleep", "99"], {}))
     assert set(psutil.Process().children()) == before
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """The current folder holds modules that say that they ran; call it for whether they did."""
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    ran = tmp_path / "ran"
+    for name in ("json", "selectors", "transformers", "torch", "vllm", "maca_serve"):
+        (folder / f"{name}.py").write_text(
+            f"open({str(ran)!r}, 'a').write({name!r})\nraise SystemExit(7)"
+        )
+    monkeypatch.chdir(folder)
+    return ran.exists
+
+
+def test_a_child_takes_no_code_from_the_current_folder(hostile):
+    # and a grandchild neither, as when vLLM starts itself again to look at a model
+    code = "import json, subprocess, sys; subprocess.run([sys.executable, '-m', 'json.tool', '-h'])"
+    process = start_group([sys.executable, "-c", code], {}, stdout=subprocess.DEVNULL)
+    assert process.wait() == 0
+    stop_group(process)
+    assert not hostile()
+
+
+def test_no_child_of_ours_takes_code_from_the_current_folder(fake_vllm, quantized, hostile):
+    checkpoint = open_checkpoint(quantized)
+    with Benchmark(SpeedSettings()) as benchmark, Engine(checkpoint, Fit([], {})) as engine:
+        benchmark.run(engine, Load(128, concurrency=1))
+    with contextlib.suppress(UserError):  # the fake vLLM has no kernels
+        ask({})
+    with contextlib.suppress(UserError):  # without a card
+        copy_bandwidth("0.32.0")
+    assert not hostile()
+
+
+def test_the_command_takes_no_code_from_the_current_folder(hostile, tmp_path):
+    command = Path(sys.executable).parent / "maca-serve"
+    done = subprocess.run([command, "doctor", "."], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert not hostile()
