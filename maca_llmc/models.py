@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from transformers import (
 from maca_llmc import smollm2
 from maca_llmc.errors import UserError
 from maca_llmc.llmcompressor_api import loading_separate_experts, patch_attr, separate_experts
+from maca_llmc.progress import reading_progress
 
+READ_AT_ONCE = 2**22
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -103,10 +105,20 @@ def weights_identity(source: str, config: Any) -> str:
             raise UserError(f"the revision of {source} is not known: download it, give its folder")
         return f"revision {config._commit_hash}"
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    paths = sorted(folder.glob("*.safetensors"))
+    with reading_progress("reading the weights", paths) as advance:
+        for path in paths:
+            digest.update(path.name.encode() + _file_digest(path, advance))
     return digest.hexdigest()
+
+
+def _file_digest(path: Path, advance: Callable[[int], Any]) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_AT_ONCE):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.digest()
 
 
 def load_tokenizer(source: str) -> Any:

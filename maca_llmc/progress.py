@@ -2,8 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,23 @@ def layer_progress(
         bar.close()
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def reading_progress(what: str, files: list[Path]) -> Iterator[Callable[[int], Any]]:
+    """Show one bar over all bytes of some files, unless they are read within a second.
+
+    :return: to be told how many more bytes were read
+    """
+    with tqdm.tqdm(
+        total=sum(file.stat().st_size for file in files),
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+    ) as bar:
+        yield bar.update
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import tqdm
 import tqdm.auto
 from loguru import logger
 
-from maca_llmc.progress import layer_progress, log_warnings_once, quiet
+from maca_llmc.progress import layer_progress, log_warnings_once, quiet, reading_progress
 
 
 @pytest.fixture
@@ -80,6 +80,20 @@ def test_a_failing_run_does_not_show_a_full_bar(shown, bars):
         raise RuntimeError
     assert bars[0].n == 1 and "100%" not in shown()
     assert not layer._forward_hooks
+
+
+def test_reading_long_files_is_shown(tmp_path, shown, bars, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(1000))
+    with reading_progress("reading", [tmp_path / "a", tmp_path / "b"]) as advance:
+        advance(500)
+        bars[0].start_t -= 2  # as if it had taken so long
+        bars[0].last_print_t -= 20
+        advance(500)
+        assert bars[0].total == 2000 and "reading:  50%" in shown()
+    with reading_progress("short", [tmp_path / "a"]) as advance:
+        advance(1000)
+    assert "short" not in shown()
 
 
 def test_bars_of_libraries_are_quiet_only_meanwhile(shown):
