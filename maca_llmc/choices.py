@@ -13,6 +13,8 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from maca_llmc.data.calibration import special_prefix
+from maca_llmc.data.jsonl import read_lines
 from maca_llmc.device import fast_linears
 from maca_llmc.errors import UserError
 
@@ -61,8 +63,7 @@ def read_questions(path: Path, tokenizer: Any, limit: int, seed: int = 0) -> lis
         raise UserError(
             f"--tasks {path}: no such file (built-in and lm-eval tasks are maca-serve accuracy's)"
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [(where, _row(where, line)) for where, line in read_lines(path)]
     if len(rows) > limit:
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
     if len(rows) < 2:
@@ -70,7 +71,8 @@ def read_questions(path: Path, tokenizer: Any, limit: int, seed: int = 0) -> lis
             f"--tasks {path}: {len(rows)} questions give no standard error: give more, or a larger "
             "--limit"
         )
-    return [_encode(tokenizer, row) for row in rows]
+    prefix = special_prefix(tokenizer)
+    return [_encode(tokenizer, prefix, row, where) for where, row in rows]
 
 
 @torch.no_grad()
@@ -135,7 +137,7 @@ def _accuracy(
     return {name: share, f"{name}_stderr": error, f"{name}_right": right}
 
 
-def _row(path: Path, number: int, line: str) -> Row:
+def _row(where: str, line: str) -> Row:
     try:
         return Row.model_validate_json(line)
     except ValidationError as error:
@@ -143,17 +145,30 @@ def _row(path: Path, number: int, line: str) -> Row:
         field = ".".join(map(str, first["loc"])) or "the row"
         wanted = "a row is a question, two or more choices, and answer, an index of them"
         what = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"--tasks {path}: line {number}: {field}: {what}; {wanted}") from None
+        raise UserError(f"--tasks {where}: {field}: {what}; {wanted}") from None
 
 
-def _encode(tokenizer: Any, row: Row) -> Question:
-    """Split after encoding question and choice together: their border may change the tokens."""
+def _encode(tokenizer: Any, prefix: list[int], row: Row, where: str) -> Question:
+    """Split after encoding question and choice together: their border may change the tokens.
+
+    Special tokens are put in front here: a tokenizer that also puts EOS behind would end the
+    question with it.
+    """
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     opening = f"Question: {row.question}\nAnswer:"
-    context = tuple(tokenizer(opening)["input_ids"])
-    whole = [tokenizer(f"{opening} {choice}")["input_ids"] for choice in row.choices]
+    context = ids_of(opening)
+    choices = [ids_of(f"{opening} {choice}")[len(context) :] for choice in row.choices]
+    for choice, ids in zip(row.choices, choices, strict=True):
+        if not ids:
+            raise UserError(
+                f"--tasks {where}: the tokenizer has no token for the choice {choice!r}"
+            )
     return Question(
-        context,
-        tuple(tuple(ids[len(context) :]) for ids in whole),
+        (*prefix, *context),
+        tuple(map(tuple, choices)),
         tuple(len(choice.encode()) for choice in row.choices),
         row.answer,
     )

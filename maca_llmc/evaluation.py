@@ -20,7 +20,7 @@ from transformers import CompressedTensorsConfig
 from maca_llmc import defaults, models, record
 from maca_llmc.choices import Question, prompt_tokens, read_questions, score_questions
 from maca_llmc.data import EVALUATION_SAMPLE, read_documents
-from maca_llmc.data.calibration import special_prefix, tokenize
+from maca_llmc.data.calibration import check_ids, special_prefix, tokenize
 from maca_llmc.device import compute_on, fast_linears, resolve_device
 from maca_llmc.errors import UserError
 from maca_llmc.faults import named_memory
@@ -150,7 +150,8 @@ class Reference:
         self.device = resolve_device(device)
         compute_on(self.device)
         source = models.resolve_model(base)
-        context = models.context_length(models.load_config(source))
+        config = models.load_config(source)
+        context = models.context_length(config)
         tokenizer = models.load_tokenizer(source)
         prefix = special_prefix(tokenizer)
         _check_counts(windows=windows, targets=targets, limit=limit)
@@ -164,6 +165,10 @@ class Reference:
             for length in lengths
         }
         self._questions = _read_tasks(tasks, tokenizer, limit, context)
+        questions = [q for found in self._questions.values() for q in found]
+        prompts = [(*q.context, *choice) for q in questions for choice in q.choices]
+        rows = config.get_text_config().vocab_size
+        check_ids([*(span.tokens for span in spans), *prompts], tokenizer, rows, base)
         self.settings = {
             "base": base,
             "text": "the shipped evaluation sample" if text is None else str(text),

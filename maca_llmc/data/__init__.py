@@ -4,10 +4,10 @@ from maca_llmc.data.calibration import (
     CalibrationSet,
     build_calibration_set,
 )
+from maca_llmc.data.rows import Document
 from maca_llmc.data.sources import (
     CALIBRATION_SAMPLE,
     EVALUATION_SAMPLE,
-    Document,
     describe_source,
     read_documents,
 )

@@ -6,20 +6,22 @@ import hashlib
 import random
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from loguru import logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from maca_llmc import defaults
-from maca_llmc.data.sources import Document, Source, describe_source, read_documents
-from maca_llmc.data.windows import cut_windows, take_whole, window_counts
+from maca_llmc.data.chats import render
+from maca_llmc.data.rows import Document
+from maca_llmc.data.sources import Source, describe_source, read_documents
+from maca_llmc.data.windows import crowding, cut_windows, take_whole, window_counts
 from maca_llmc.errors import UserError
 
 
@@ -31,6 +33,8 @@ class CalibrationSet:
     :param source: the data in a few words.
     :param scales: the lengths asked for, in tokens; ``None`` for uncut whole documents.
     :param special_prefix: token ids that open every sequence (BOS), counted in its length.
+    :param documents: how many there are in the data, were read, are usable (long enough for the
+        shortest window) and were used.
     """
 
     sequences: list[Tensor]
@@ -40,6 +44,7 @@ class CalibrationSet:
     balance: str
     whole_documents: bool
     special_prefix: tuple[int, ...]
+    documents: dict[str, int]
 
     @property
     def lengths(self) -> list[int]:
@@ -92,6 +97,7 @@ class CalibrationSet:
             "balance": self.balance,
             "whole_documents": self.whole_documents,
             "special_prefix": list(self.special_prefix),
+            "documents": self.documents,
         }
 
 
@@ -144,10 +150,13 @@ def build_calibration_set(
     stream = (tokenize(tokenizer, documents[index], prefix) for index in order)
     if whole_documents:
         limit = max_context if scales is None else scales[-1]
-        bodies = take_whole(stream, tokens, limit, len(prefix))
+        cut = take_whole(stream, tokens, limit, len(prefix))
     else:
         assert scales is not None  # _check_scales saw to it
-        bodies = cut_windows(stream, window_counts(scales, tokens, balance), len(prefix))
+        cut = cut_windows(stream, window_counts(scales, tokens, balance), len(prefix))
+        if warning := crowding(cut):
+            logger.warning(f"{describe_source(source)}: {warning}")
+    bodies = list(cut.windows)
     generator.shuffle(bodies)
     return CalibrationSet(
         sequences=[torch.tensor([*prefix, *body], dtype=torch.long) for body in bodies],
@@ -157,6 +166,12 @@ def build_calibration_set(
         balance=balance,
         whole_documents=whole_documents,
         special_prefix=tuple(prefix),
+        documents={
+            "given": len(documents),
+            "read": cut.read,
+            "usable": cut.usable,
+            "used": cut.used,
+        },
     )
 
 
@@ -188,29 +203,38 @@ def tokenize(
 ) -> list[int]:
     """Return the token ids of one document without ``prefix``, whatever its length.
 
-    A chat template that writes the prefix itself loses it here, so that no sequence opens with
-    two of them.
+    A text or a chat template that has the prefix itself loses it here, so that no sequence opens
+    with two of them.
 
     :raises UserError: a chat and no chat template, or a chat that does not fit it.
     """
     if not document:
         return []
-    if isinstance(document, str):
-        return _encode(tokenizer, document)
-    if not tokenizer.chat_template:
+    text = document if isinstance(document, str) else render(tokenizer, document)
+    ids = _encode(tokenizer, text)
+    while prefix and ids[: len(prefix)] == prefix:
+        ids = ids[len(prefix) :]
+    return ids
+
+
+def check_ids(sequences: Iterable[Sequence[int]], tokenizer: Any, rows: int, base: str) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    :param sequences: token ids.
+    :param rows: of the embedding; more than the tokenizer has tokens do no harm.
+    :param base: the model, for messages.
+    :raises UserError: names the token and its id.
+    """
+    largest = max((int(max(ids)) for ids in sequences if len(ids)), default=-1)
+    # An added token may lack a row where no text uses it, such as Gemma 3's image token.
+    if (own := tokenizer.vocab_size - 1) > largest and own >= rows:
+        largest = own
+    if largest >= rows:
         raise UserError(
-            "the data are chats and the tokenizer has no chat template: "
-            "use an instruction-tuned model or plain text"
+            f"model {base} has embeddings for ids below {rows} (vocab_size) and its tokenizer "
+            f"gives {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}): give the tokenizer "
+            "that belongs to it, or resize the model's embeddings"
         )
-    try:
-        text = tokenizer.apply_chat_template(document, tokenize=False)
-    except (TemplateError, TypeError) as error:
-        raise UserError(
-            f"a chat does not fit the tokenizer's chat template ({error}): "
-            f"its roles are {', '.join(str(message['role']) for message in document)}"
-        ) from error
-    ids = _encode(tokenizer, str(text))
-    return ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -5,26 +5,40 @@ A document is a text or a list of chat messages. Nothing here tokenizes.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import csv
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from datasets.utils import logging
+from pyarrow import ArrowException
 
+from maca_llmc.data.chats import without_none
+from maca_llmc.data.jsonl import cut_lines, parse, parse_rows, read_text
+from maca_llmc.data.rows import COLUMNS, TOOLS, Document, RowReader, read_rows
 from maca_llmc.errors import UserError
+from maca_llmc.progress import tell
 
-Document: TypeAlias = str | list[dict[str, Any]]
 Source: TypeAlias = str | Path | Dataset | list[Any] | None
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CALIBRATION_SAMPLE = ASSETS / "calibration.jsonl"
 EVALUATION_SAMPLE = ASSETS / "evaluation.jsonl"
 
-COLUMNS = ("text", "messages")  # looked for in this order when no column is named
 TEXT_SUFFIXES = (".txt", ".md")
-ROW_SUFFIXES = (".jsonl", ".json")
-TABLE_SUFFIXES = {".parquet": "parquet", ".csv": "csv"}  # suffix: the builder of load_dataset
+FILE_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".csv")
+SUFFIXES = (*FILE_SUFFIXES, ".parquet")
+NOT_DATA = (
+    *("readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog"),
+    *("changes", "contributing", "code_of_conduct", "security", "requirements", "todo"),
+    *("dataset_info", "dataset_infos", "dataset_dict", "config", "package"),
+)
+"""How names begin, before a dot or a dash, of what explains a folder of data."""
 OFFLINE = "without the hub, give a text file, a .jsonl file or a folder"
 
 
@@ -41,15 +55,16 @@ def read_documents(
 
         - ``None``: the shipped English sample (``CALIBRATION_SAMPLE``);
         - a ``.txt`` or ``.md`` file (one document), a ``.jsonl`` file (a row per line), a ``.json``
-          file (a list of rows), a ``.parquet`` or ``.csv`` file;
+          file (a list of rows, or a row per line), a ``.parquet`` or ``.csv`` file;
         - a folder written by ``Dataset.save_to_disk``, a folder holding parquet files (a data
-          set's repository), or else a folder of ``.txt``, ``.md`` and ``.jsonl`` files, read
-          sorted by path, hidden ones left out;
+          set's repository), or else a folder of the other files above, read sorted by path. What
+          is hidden is left out, and what explains the data (``README.md``, ``requirements.txt``);
         - any other string: the name of a data set on the Hugging Face hub;
         - a ``datasets.Dataset``;
         - a list of texts, of lists of messages, or of rows.
-    :param text_column: the column (key) that holds the document; ``None`` takes ``text``, else
-        ``messages``. Plain text files have no columns.
+    :param text_column: the column (key) that holds the document; ``None`` takes the first of
+        ``text``, ``messages`` and ``conversations`` (ShareGPT's) that is not empty in a row.
+        ``tools`` beside a chat go to the chat template. Plain text files have no columns.
     :param split: which split, for data sets on the hub or on disk.
     :param config_name: which configuration, for data sets on the hub or in a repository folder.
     :return: documents; those of a ``Dataset`` are read row by row when indexed. A file's blank
@@ -82,111 +97,187 @@ def _read(
     if source is None:
         source = CALIBRATION_SAMPLE
     if isinstance(source, Dataset):
-        return DatasetDocuments(source, text_column, describe_source(source))
+        return DatasetDocuments(source, RowReader(text_column), describe_source(source))
     if isinstance(source, list):
-        return _row_documents(source, text_column, "list item")
+        reader = RowReader(text_column)
+        rows = ((f"list item {number}", row) for number, row in enumerate(source, start=1))
+        documents = read_rows(rows, reader)
+        reader.report(describe_source(source))
+        return documents
     if not isinstance(source, str | Path):
         raise UserError(
             f"cannot read data from {type(source).__name__}: give a path, a hub name, "
             "a datasets.Dataset or a list"
         )
     path = Path(source).expanduser()
+    reader = RowReader(text_column)
     if path.is_dir():
-        return _read_folder(path, text_column, split, config_name)
+        return _read_folder(path, reader, split, config_name)
     if path.is_file():
-        return _read_file(path, text_column)
-    return _read_hub(str(source), text_column, split, config_name)
+        documents = _read_file(path, reader)
+        if path.parent != ASSETS:
+            reader.report(str(path))
+        return documents
+    return _read_hub(str(source), reader, split, config_name)
 
 
 def _read_folder(
-    folder: Path, text_column: str | None, split: str, config_name: str | None
+    folder: Path, reader: RowReader, split: str, config_name: str | None
 ) -> Sequence[Document]:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        saved = load_from_disk(folder)
-        if isinstance(saved, DatasetDict):
-            if split not in saved:
-                raise UserError(f"{folder} has no split {split!r}: it has {', '.join(saved)}")
-            saved = saved[split]
-        return DatasetDocuments(saved, text_column, str(folder))
+        return DatasetDocuments(_load_saved(folder, split), reader, str(folder))
     files = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     )
-    if any(path.suffix.lower() == ".parquet" for path in files):
-        return _load(str(folder), text_column, path=str(folder), name=config_name, split=split)
-    readable = [path for path in files if path.suffix.lower() in (*TEXT_SUFFIXES, ".jsonl")]
-    if not readable:
-        raise UserError(f"{folder} holds no .txt, .md, .jsonl or .parquet file and no saved data")
-    return [document for path in readable for document in _read_file(path, text_column)]
+    data = [path for path in files if path.suffix.lower() in SUFFIXES and not _explains(path)]
+    if any(path.suffix.lower() == ".parquet" for path in data):
+        dataset = _load(str(folder), path=str(folder), name=config_name, split=split)
+        kind = f".{getattr(dataset, 'builder_name', None) or 'parquet'}"
+        data = [path for path in data if path.suffix.lower() == kind]
+        _tell_files(folder, data, files)
+        return DatasetDocuments(dataset, reader, str(folder))
+    data = [path for path in data if not _is_settings(path, reader)]
+    if not data:
+        raise UserError(f"{folder} holds no {', '.join(SUFFIXES)} file of data and no saved data")
+    documents = [document for path in data for document in _read_file(path, reader)]
+    _tell_files(folder, data, files)
+    reader.report(str(folder))
+    return documents
 
 
-def _read_file(path: Path, text_column: str | None) -> Sequence[Document]:
+def _explains(path: Path) -> bool:
+    """Say whether a file is about the data, or about software beside them."""
+    name = path.name.lower().replace("-", ".").partition(".")[0]
+    return name in NOT_DATA
+
+
+def _is_settings(path: Path, reader: RowReader) -> bool:
+    """Say whether a ``.json`` file is one object that is no row of data."""
+    if path.suffix.lower() != ".json":
+        return False
+    rows = parse_rows(read_text(path), str(path))
+    return len(rows) == 1 and isinstance(rows[0][1], dict) and not reader.finds(rows[0][1])
+
+
+def _tell_files(folder: Path, data: list[Path], files: list[Path]) -> None:
+    left = [path for path in files if path not in data]
+    words = f"{folder}: reading {_name_some(folder, data)}"
+    tell(words + (f"; not reading {_name_some(folder, left)}" if left else ""))
+
+
+def _name_some(folder: Path, paths: list[Path], most: int = 8) -> str:
+    shown = ", ".join(str(path.relative_to(folder)) for path in paths[:most])
+    return shown + (f" and {len(paths) - most} more" if len(paths) > most else "")
+
+
+def _read_file(path: Path, reader: RowReader) -> Sequence[Document]:
     suffix = path.suffix.lower()
-    if suffix in TABLE_SUFFIXES:
-        return _load(
-            str(path),
-            text_column,
-            path=TABLE_SUFFIXES[suffix],
-            data_files=str(path),
-            split="train",  # what the builder calls its only split
-        )
-    if suffix not in (*TEXT_SUFFIXES, *ROW_SUFFIXES):
-        known = ", ".join((*TEXT_SUFFIXES, *ROW_SUFFIXES, *TABLE_SUFFIXES))
-        raise UserError(f"{path}: unknown kind of file: give one of {known}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8"
-        ) from error
+    if suffix == ".parquet":
+        dataset = _load(str(path), path="parquet", data_files=str(path), split="train")
+        return DatasetDocuments(dataset, reader, str(path))
+    if suffix not in FILE_SUFFIXES:
+        raise UserError(f"{path}: unknown kind of file: give one of {', '.join(SUFFIXES)}")
+    text = read_text(path)
     if suffix in TEXT_SUFFIXES:
         return [text] if text.strip() else []
     if suffix == ".json":
-        rows = _parse(text, str(path))
-        if not isinstance(rows, list):
-            raise UserError(f"{path} is not a list of rows: a row per line goes into a .jsonl file")
-        return _row_documents(rows, text_column, f"{path} row")
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() cuts at U+2028 too
-        if line.strip():
-            where = f"{path} line {number}"
-            documents.append(_row_document(_parse(line, where), text_column, where))
-    return [document for document in documents if document]
+        return read_rows(parse_rows(text, str(path)), reader)
+    if suffix == ".csv":
+        return read_rows(_csv_rows(text, path), reader)
+    lines = cut_lines(text, str(path))
+    return read_rows(((where, parse(line, where)) for where, line in lines), reader)
 
 
-def _parse(text: str, where: str) -> Any:
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a CSV file, each with where it ends.
+
+    :raises UserError: quotes that do not match, or another number of fields than of columns.
+    """
+    limit = csv.field_size_limit(sys.maxsize)  # a document may be longer than 131,072 characters
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        columns = next(lines, [])
+        for fields in lines:
+            if not fields:
+                continue
+            where = f"{path} line {lines.line_num}"
+            if len(fields) != len(columns):
+                raise UserError(
+                    f"{where} has {len(fields)} fields and the first line {len(columns)}: put "
+                    "fields with commas or line ends between double quotes"
+                )
+            yield where, dict(zip(columns, fields, strict=True))
+    except csv.Error as error:
         raise UserError(
-            f"{where} is not JSON ({error.msg} at column {error.colno}): mend or remove it"
+            f"{path} line {lines.line_num} is not CSV ({error}): double each quote in a field, or "
+            "write JSON Lines"
         ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _load_saved(folder: Path, split: str) -> Dataset:
+    """Open what ``Dataset.save_to_disk`` has written."""
+    try:
+        saved = load_from_disk(folder)
+    except (OSError, ValueError, LookupError, TypeError, ArrowException) as error:
+        raise UserError(
+            f"the saved data set {folder} cannot be read ({_first_line(error)}): save it again"
+        ) from error
+    if not isinstance(saved, DatasetDict):
+        return saved
+    if split not in saved:
+        raise UserError(f"{folder} has no split {split!r}: it has {', '.join(saved)}")
+    return saved[split]
 
 
 def _read_hub(
-    name: str, text_column: str | None, split: str, config_name: str | None
+    name: str, reader: RowReader, split: str, config_name: str | None
 ) -> Sequence[Document]:
-    suffixes = (*TEXT_SUFFIXES, *ROW_SUFFIXES, *TABLE_SUFFIXES)
-    if name.startswith(("/", ".", "~")) or name.lower().endswith(suffixes) or name.count("/") > 1:
+    if name.startswith(("/", ".", "~")) or name.lower().endswith(SUFFIXES) or name.count("/") > 1:
         raise UserError(f"{name}: no such file or folder: check the path")
-    return _load(name, text_column, path=name, name=config_name, split=split)
+    return DatasetDocuments(_load(name, path=name, name=config_name, split=split), reader, name)
 
 
-def _load(where: str, text_column: str | None, **arguments: Any) -> Sequence[Document]:
+def _load(where: str, **arguments: Any) -> Dataset:
     """Call ``load_dataset`` and turn what goes wrong into one line."""
     try:
-        dataset = load_dataset(**arguments)
+        with _quiet_datasets():
+            return load_dataset(**arguments)
     except ConnectionError as error:
         raise UserError(
             f"{where} is no file or folder here, and the hub cannot be reached: {OFFLINE}"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:  # unknown name, configuration or split
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"cannot load the data set {where}: {reason} (check --split and --config-name)"
-        ) from error
-    return DatasetDocuments(dataset, text_column, where)
+    except DatasetsError as error:
+        cause = error.__cause__ or error
+        cure = "mend the file, or check --split and --config-name"
+        raise _cannot_load(where, cause, cure) from error
+    except (OSError, ValueError, RuntimeError, ArrowException) as error:
+        cure = "check --split and --config-name"  # an unknown name, configuration or split
+        if "data_files" in arguments:
+            cure = "the file is cut short or damaged: make or download it again"
+        raise _cannot_load(where, error, cure) from error
+
+
+def _cannot_load(where: str, error: BaseException, cure: str) -> UserError:
+    return UserError(f"cannot load the data set {where}: {_first_line(error)} ({cure})")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Keep what ``datasets`` logs of a failure to itself: the exception says it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 class DatasetDocuments(Sequence[Document]):
@@ -195,10 +286,14 @@ class DatasetDocuments(Sequence[Document]):
     :raises UserError: the column is missing; on indexing, a value that is not a document.
     """
 
-    def __init__(self, dataset: Dataset, text_column: str | None, where: str) -> None:
-        self._where = where
-        self._column = _pick_column(dataset.column_names, text_column, where)
-        self._dataset = dataset.select_columns([self._column]).with_format(None)
+    def __init__(self, dataset: Dataset, reader: RowReader, where: str) -> None:
+        self._where, self._reader = where, reader
+        columns = dataset.column_names
+        wanted = reader.columns(columns, where)
+        if TOOLS in columns and wanted != [COLUMNS[0]] and TOOLS not in wanted:
+            wanted = [*wanted, TOOLS]
+        self._dataset = dataset.select_columns(wanted).with_format(None)
+        reader.tell_unused(where, wanted, columns)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -206,47 +301,12 @@ class DatasetDocuments(Sequence[Document]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        return _check(self._dataset[index][self._column], f"{self._where} row {index + 1}")
-
-
-def _row_documents(rows: list[Any], text_column: str | None, where: str) -> list[Document]:
-    documents = [
-        _row_document(row, text_column, f"{where} {number}")
-        for number, row in enumerate(rows, start=1)
-    ]
-    return [document for document in documents if document]
-
-
-def _row_document(row: Any, text_column: str | None, where: str) -> Document:
-    """Return the document in one row: an object, or the bare text or list of messages."""
-    if isinstance(row, dict):
-        return _check(row[_pick_column(list(row), text_column, where)], where)
-    return _check(row, where)
-
-
-def _pick_column(columns: Sequence[str], text_column: str | None, where: str) -> str:
-    for column in COLUMNS if text_column is None else (text_column,):
-        if column in columns:
-            return column
-    wanted = " or ".join(map(repr, COLUMNS)) if text_column is None else repr(text_column)
-    raise UserError(
-        f"{where} has no column {wanted}: it has {', '.join(columns) or 'none'}; "
-        "name the one that holds the text (--text-column)"
-    )
-
-
-def _check(value: Any, where: str) -> Document:
-    """Return a text or a list of messages as it is; blank text becomes ``""``."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value if value.strip() else ""
-    if isinstance(value, list) and all(
-        isinstance(message, dict) and "role" in message and "content" in message
-        for message in value
-    ):
-        return value
-    raise UserError(
-        f"{where} is neither text nor a list of messages with 'role' and 'content': "
-        "name the column that is (--text-column)"
-    )
+        where = f"{self._where} row {index + 1}"
+        try:
+            row = self._dataset[index]
+        except (OSError, ValueError, ArrowException) as error:
+            raise UserError(
+                f"{where} cannot be read ({_first_line(error)}): make or download the data again"
+            ) from error
+        # Every row has the keys of all rows; those that are not its own are None.
+        return self._reader.read({**dict.fromkeys(row), **without_none(row)}, where)

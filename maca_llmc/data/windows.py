@@ -45,6 +45,46 @@ class Remainder:
         return self.tokens[self.start - length : self.start]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Windows, and the documents that gave them.
+
+    :param windows: token lists.
+    :param origins: the number of each window's document, in the order in which they were read.
+    :param read: how many documents were read.
+    :param usable: how many of them are long enough for the shortest window.
+    """
+
+    windows: list[list[int]]
+    origins: list[int]
+    read: int
+    usable: int
+
+    @property
+    def used(self) -> int:
+        """How many documents gave windows."""
+        return len(set(self.origins))
+
+
+def crowding(cut: Cut) -> str | None:
+    """Say where many windows come from few documents while most gave none; ``None`` where not.
+
+    Of all windows, or else of those of one length: fewer documents than half as many as windows,
+    and fewer than a tenth of the documents read, which were too short.
+    """
+    origins: dict[str, list[int]] = {"": cut.origins}
+    for window, origin in zip(cut.windows, cut.origins, strict=True):
+        origins.setdefault(f" of {len(window)} tokens", []).append(origin)
+    for which, found in origins.items():
+        few = len(set(found))
+        if 2 * few <= len(found) and 10 * few <= cut.read:
+            return (
+                f"{len(found)} windows{which} come from {few} of {cut.read} documents: the others "
+                "are too short; lower --scales, take --whole-documents, or give longer documents"
+            )
+    return None
+
+
 class WindowCutter:
     """Cuts windows out of documents, never a token twice, and spreads them over the documents.
 
@@ -61,21 +101,26 @@ class WindowCutter:
         # A document waits under the longest length that it can still give.
         self._waiting: dict[int, list[Remainder]] = {length: [] for length in self._lengths}
         self._cuts = 0
-        self._arrivals = 0
         self.longest = 0  # of the documents read so far
         self.total = 0  # tokens of the documents read so far
+        self.read = 0
+        self.usable = 0  # documents that are long enough for the shortest window
 
-    def cut(self, length: int) -> list[int] | None:
-        """Return a window of ``length`` tokens, or ``None`` when no document can give one."""
+    def cut(self, length: int) -> tuple[list[int], int] | None:
+        """Return a window of ``length`` tokens and the number of its document, from 1.
+
+        ``None`` when no document can give one.
+        """
         best = self._least_recent(length)
         while best is None or self._waiting[best][0].last_cut > 0:
             tokens = next(self._incoming, None)
             if tokens is None:
                 break
-            self._arrivals += 1
+            self.read += 1
+            self.usable += len(tokens) >= self._lengths[-1]
             self.longest = max(self.longest, len(tokens))
             self.total += len(tokens)
-            self._wait(Remainder(0, self._arrivals, tokens))
+            self._wait(Remainder(0, self.read, tokens))
             best = self._least_recent(length)
         if best is None:
             return None
@@ -84,7 +129,7 @@ class WindowCutter:
         self._cuts += 1
         remainder.last_cut = self._cuts
         self._wait(remainder)
-        return window
+        return window, remainder.arrival
 
     def _least_recent(self, length: int) -> int | None:
         """Return the queue whose head can give ``length`` tokens and was cut the longest ago."""
@@ -100,26 +145,28 @@ class WindowCutter:
 
 def cut_windows(
     documents: Iterable[list[int]], counts: Mapping[int, int], overhead: int = 0
-) -> list[list[int]]:
+) -> Cut:
     """Cut ``counts[length]`` windows of each length, the longest first.
 
     :param documents: token lists without special tokens; read lazily, in this order.
     :param counts: number of windows by length, both at least 1.
     :param overhead: tokens of each length that the caller will add (a BOS token): windows come
         out that much shorter.
-    :return: token lists, longest first. No token is used twice and no window spans two documents.
+    :return: windows, longest first. No token is used twice and no window spans two documents.
     :raises UserError: no document is long enough for a length, or there are too few.
     """
     lengths = sorted(counts, reverse=True)
     cutter = WindowCutter(documents, [length - overhead for length in lengths])
     windows: list[list[int]] = []
+    origins: list[int] = []
     for length in lengths:
         for done in range(counts[length]):
-            window = cutter.cut(length - overhead)
-            if window is None:
+            found = cutter.cut(length - overhead)
+            if found is None:
                 raise _too_little_text(cutter, length, done, counts, overhead)
-            windows.append(window)
-    return windows
+            windows.append(found[0])
+            origins.append(found[1])
+    return Cut(windows, origins, cutter.read, cutter.usable)
 
 
 def _too_little_text(
@@ -135,14 +182,15 @@ def _too_little_text(
     wanted = ", ".join(f"{count} of {each}" for each, count in sorted(counts.items()))
     return UserError(
         f"too little text: {done} windows of {length} tokens where {counts[length]} are needed "
-        f"(wanted in all: {wanted}; the data hold {cutter.total} tokens): "
+        f"(wanted in all: {wanted}; the data hold {cutter.total} tokens in {cutter.read} documents,"
+        f" {cutter.usable} of them as long as the shortest window): "
         "lower the token budget, lower the scales or give more text"
     )
 
 
 def take_whole(
     documents: Iterable[list[int]], tokens: int, limit: int | None, overhead: int = 0
-) -> list[list[int]]:
+) -> Cut:
     """Take documents at their natural length until the budget is reached.
 
     :param documents: token lists without special tokens; read lazily, in this order. Empty ones
@@ -154,10 +202,12 @@ def take_whole(
     :raises UserError: the first document exceeds the budget, or the data end before it is reached.
     """
     taken: list[list[int]] = []
-    total = 0
-    for document in documents:
+    origins: list[int] = []
+    total = usable = 0
+    for number, document in enumerate(documents, start=1):
         if not document:
             continue
+        usable += 1
         if limit is not None:
             document = document[: limit - overhead]
         length = len(document) + overhead
@@ -167,11 +217,12 @@ def take_whole(
                     f"the first document has {length} tokens and the budget is {tokens}: "
                     "raise the token budget or cut documents at a lower scale"
                 )
-            return taken
+            return Cut(taken, origins, number, usable)
         taken.append(document)
+        origins.append(number)
         total += length
         if total == tokens:
-            return taken
+            return Cut(taken, origins, number, usable)
     if not taken:
         raise UserError("the data hold no text: every document is empty")
     raise UserError(

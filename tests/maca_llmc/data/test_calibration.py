@@ -190,7 +190,8 @@ class TestChats:
 
     def test_chat_that_does_not_fit(self, make_tokenizer):
         tokenizer = make_tokenizer(chat_template="{{ raise_exception('Roles must alternate') }}")
-        with pytest.raises(UserError, match=r"Roles must alternate\): its roles are user"):
+        refusal = r"list item 1: .* \(Roles must alternate\): mend or remove it \(its roles: user\)"
+        with pytest.raises(UserError, match=refusal):
             build_calibration_set(tokenizer, source=[chat("w1")], scales=(2,), tokens=2)
 
 
@@ -279,6 +280,7 @@ def test_record(plain, documents):
         "balance": "tokens",
         "whole_documents": False,
         "special_prefix": [],
+        "documents": {"given": 10, "read": 10, "usable": 10, "used": 10},
     }
 
 

@@ -62,7 +62,7 @@ class TestFiles:
             ("a.jsonl", '{"messages": [{"from": "x"}]}\n', r"line 1 is neither text nor"),
             ("a.jsonl", "\n", "holds no text"),
             ("a.txt", " \n", "holds no text"),
-            ("a.json", '{"text": "a"}', "not a list of rows"),
+            ("a.json", '{"b": "a"}', r"a\.json has no column .*it has b"),
             ("a.json", "[", "is not JSON"),
             ("a.docx", "x", r"unknown kind of file: give one of \.txt"),
         ],
@@ -125,7 +125,7 @@ class TestInMemory:
     def test_dataset_column(self):
         data = Dataset.from_dict({"a": ["one"], "b": [1]})
         assert list(read_documents(data, text_column="a")) == ["one"]
-        with pytest.raises(UserError, match="has no column 'text' or 'messages': it has a, b"):
+        with pytest.raises(UserError, match="'messages' or 'conversations': it has a, b"):
             read_documents(data)
         with pytest.raises(UserError, match="has no column 'body': it has a, b"):
             read_documents(data, text_column="body")

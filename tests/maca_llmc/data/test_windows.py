@@ -1,6 +1,12 @@
 import pytest
 
-from maca_llmc.data.windows import WindowCutter, cut_windows, take_whole, window_counts
+from maca_llmc.data.windows import (
+    WindowCutter,
+    crowding,
+    cut_windows,
+    take_whole,
+    window_counts,
+)
 from maca_llmc.errors import UserError
 
 
@@ -40,12 +46,12 @@ class TestWindowCounts:
 
 class TestCutWindows:
     def test_lengths_and_order(self):
-        windows = cut_windows(numbered(50, 50), {5: 4, 20: 2})
+        windows = cut_windows(numbered(50, 50), {5: 4, 20: 2}).windows
         assert [len(window) for window in windows] == [20, 20, 5, 5, 5, 5]
 
     def test_no_token_twice_and_no_window_across_documents(self):
         documents = numbered(33, 7, 64, 20, 20, 11)
-        windows = cut_windows(documents, {4: 10, 8: 5, 16: 4})
+        windows = cut_windows(documents, {4: 10, 8: 5, 16: 4}).windows
         tokens = [token for window in windows for token in window]
         assert len(tokens) == len(set(tokens)) == 4 * 10 + 8 * 5 + 16 * 4
         for window in windows:
@@ -54,16 +60,16 @@ class TestCutWindows:
 
     def test_every_document_once_before_any_twice(self):
         documents = numbered(40, 40, 40, 40)
-        windows = cut_windows(documents, {10: 6})
+        windows = cut_windows(documents, {10: 6}).windows
         assert [window[0] // 40 for window in windows] == [0, 1, 2, 3, 0, 1]
 
     def test_short_windows_prefer_documents_not_cut_yet(self):
-        windows = cut_windows(numbered(40, 40, 10, 10), {40: 1, 10: 3})
+        windows = cut_windows(numbered(40, 40, 10, 10), {40: 1, 10: 3}).windows
         assert [window[0] // 40 for window in windows] == [0, 1, 2, 2]
         assert windows[-2:] == [list(range(80, 90)), list(range(90, 100))]
 
     def test_uses_up_everything_when_it_must(self):
-        windows = cut_windows(numbered(32, 16, 16), {16: 2, 8: 2, 4: 4})
+        windows = cut_windows(numbered(32, 16, 16), {16: 2, 8: 2, 4: 4}).windows
         assert sorted(token for window in windows for token in window) == list(range(64))
 
     def test_reads_no_more_than_it_needs(self):
@@ -80,7 +86,7 @@ class TestCutWindows:
         assert len(read) == 7
 
     def test_overhead_shortens_windows_and_counts(self):
-        windows = cut_windows(numbered(9, 9), {10: 2}, overhead=1)
+        windows = cut_windows(numbered(9, 9), {10: 2}, overhead=1).windows
         assert [len(window) for window in windows] == [9, 9]
         with pytest.raises(UserError, match=r"scale 11 .* \(10 tokens\)"):
             cut_windows(numbered(9, 9), {11: 1}, overhead=1)
@@ -102,22 +108,45 @@ class TestCutWindows:
 
     def test_cutter_returns_none_at_the_end(self):
         cutter = WindowCutter(numbered(5), [3])
-        assert cutter.cut(3) == [0, 1, 2]
+        assert cutter.cut(3) == ([0, 1, 2], 1)
         assert cutter.cut(3) is None
+
+
+class TestCrowding:
+    """Windows that come from few documents, where the others are too short."""
+
+    def test_one_long_document_among_short_ones(self):
+        cut = cut_windows(numbered(*[35] * 800, 4000), {64: 4, 128: 2})
+        assert (cut.read, cut.usable, cut.used) == (801, 1, 1)
+        assert "6 windows come from 1 of 801 documents" in crowding(cut)
+        assert "lower --scales" in crowding(cut)
+
+    def test_one_length_of_several(self):
+        cut = cut_windows(numbered(*[35] * 40, 4000), {8: 60, 128: 6})
+        assert "6 windows of 128 tokens come from 1 of 41 documents" in crowding(cut)
+
+    @pytest.mark.parametrize("documents", [[4000], [400] * 10, [200] * 300])
+    def test_few_documents_or_long_ones_are_no_fault(self, documents):
+        assert crowding(cut_windows(numbered(*documents), {8: 40, 64: 6, 128: 3})) is None
 
 
 class TestTakeWhole:
     def test_natural_lengths_within_the_budget(self):
-        assert [len(d) for d in take_whole(numbered(5, 9, 7, 2), 21, None)] == [5, 9, 7]
+        assert [len(d) for d in take_whole(numbered(5, 9, 7, 2), 21, None).windows] == [5, 9, 7]
 
     def test_the_document_that_would_exceed_ends_the_set(self):
-        assert [len(d) for d in take_whole(numbered(5, 9, 7, 2), 20, None)] == [5, 9]
+        assert [len(d) for d in take_whole(numbered(5, 9, 7, 2), 20, None).windows] == [5, 9]
 
     def test_cut_at_the_limit_overhead_included(self):
-        assert [len(d) for d in take_whole(numbered(5, 9, 7), 20, 7, overhead=1)] == [5, 6, 6]
+        assert [len(d) for d in take_whole(numbered(5, 9, 7), 20, 7, overhead=1).windows] == [
+            5,
+            6,
+            6,
+        ]
 
     def test_empty_documents_are_passed_over(self):
-        assert [len(d) for d in take_whole([[], [1, 2], []], 2, None)] == [2]
+        cut = take_whole([[], [1, 2], []], 2, None)
+        assert (cut.windows, cut.origins, cut.read, cut.usable) == ([[1, 2]], [2], 2, 1)
 
     @pytest.mark.parametrize(
         ("documents", "message"),
