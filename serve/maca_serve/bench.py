@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from maca_serve.client import NO_PROXIES
 from maca_serve.engine import Engine
 from maca_serve.errors import RequestError
 from maca_serve.loads import Load
@@ -38,7 +39,7 @@ class Benchmark:
         with self._log.open("w") as log:
             self._process = start_group(
                 [sys.executable, "-m", "maca_serve.bench_worker"],
-                {"HF_HUB_OFFLINE": "1"},
+                {"HF_HUB_OFFLINE": "1", **NO_PROXIES},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from maca_serve.checkpoint import Checkpoint
-from maca_serve.client import TIMEOUT_SECONDS, Client
+from maca_serve.client import TIMEOUT_SECONDS, Client, direct_to
 from maca_serve.errors import RequestError, UserError
 
 CONCURRENT_REQUESTS = 4
@@ -72,27 +72,28 @@ class Harness:
         import lm_eval
 
         try:
-            results = lm_eval.simple_evaluate(
-                model="local-completions",
-                model_args={
-                    "model": checkpoint.name,
-                    "base_url": f"{url}/v1/completions",
-                    "tokenizer": str(checkpoint.path),
-                    "tokenizer_backend": "huggingface",
-                    "add_bos_token": special_tokens,
-                    "num_concurrent": CONCURRENT_REQUESTS,
-                    "max_length": client.max_length(),
-                    "timeout": int(TIMEOUT_SECONDS),
-                    "max_retries": 1,  # a local engine that failed once is dying
-                },
-                tasks=list(self.names),
-                task_manager=self.manager,
-                limit=limit,
-                # LongBench's settings say 1 and rely on a switch that completions do not have.
-                gen_kwargs={"temperature": 0},
-                random_seed=seed,
-                fewshot_random_seed=seed,
-            )
+            with direct_to(url):
+                results = lm_eval.simple_evaluate(
+                    model="local-completions",
+                    model_args={
+                        "model": checkpoint.name,
+                        "base_url": f"{url}/v1/completions",
+                        "tokenizer": str(checkpoint.path),
+                        "tokenizer_backend": "huggingface",
+                        "add_bos_token": special_tokens,
+                        "num_concurrent": CONCURRENT_REQUESTS,
+                        "max_length": client.max_length(),
+                        "timeout": int(TIMEOUT_SECONDS),
+                        "max_retries": 1,  # a local engine that failed once is dying
+                    },
+                    tasks=list(self.names),
+                    task_manager=self.manager,
+                    limit=limit,
+                    # LongBench's settings say 1 and rely on a switch that completions do not have.
+                    gen_kwargs={"temperature": 0},
+                    random_seed=seed,
+                    fewshot_random_seed=seed,
+                )
         except Exception as error:  # lm-eval wraps failures of the server in many types
             raise RequestError(f"lm-eval failed: {_one_line(error)}") from error
         return {name: read_task(results, name) for name in self.names}

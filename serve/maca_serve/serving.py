@@ -4,9 +4,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.request import getproxies
 
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.doctor.checks import require_sound
+from maca_serve.doctor.loadable import require_loadable
 from maca_serve.engine import Engine, claim_port
 from maca_serve.errors import UserError
 from maca_serve.fit import fit
@@ -57,6 +59,7 @@ def up(
     checkpoint = open_checkpoint(Path(path))
     require_sound(checkpoint.path, checkpoint.config)
     claim_port(host, port)
+    require_loadable([checkpoint])
     check_ranks(checkpoint, ranks)
     chosen = fit(checkpoint, version, max_model_len=max_model_len, ranks=ranks, threads=threads)
     chosen.arguments.extend(flags)
@@ -75,13 +78,14 @@ def describe(engine: Engine) -> list[str]:
     """What a running engine is, where, and how to try it; lines for people."""
     body = {"model": engine.checkpoint.name, "prompt": "The capital of France is"}
     key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if engine.api_key else ""
+    direct = " --noproxy '*'" if {"http", "all"} & getproxies().keys() else ""
     return [
         f"{engine.checkpoint.name}: {engine.checkpoint.scheme}",
         f"kernel: {engine.kernel}",
         f"fit:    {engine.fit.words}",
         f"url:    {engine.url}/v1",
         f"log:    {engine.log}",
-        f"try:    curl {engine.url}/v1/completions -H 'Content-Type: application/json'{key}"
+        f"try:    curl{direct} {engine.url}/v1/completions -H 'Content-Type: application/json'{key}"
         f" -d '{json.dumps(body)}'",
         "Ctrl-C stops it.",
     ]

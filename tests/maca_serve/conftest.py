@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from maca_serve.doctor import loadable
 
 FAKE = Path(__file__).parent / "fake"
 WORDS = [f"w{i}" for i in range(200)]
@@ -130,6 +131,12 @@ def fake_vllm(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("FAKE_VLLM_REACHED", str(tmp_path / "reached"))
 
+    # It has no loader that could be asked about tensors: test_doctor_loading.py asks the real one.
+    fine = {"unasked": None, "refused": [], "missing": [], "cut": [], "attention": None}
+    monkeypatch.setattr(
+        loadable, "ask", lambda question: {"loaded": [fine] * len(question["load"])}
+    )
+
     def go_wrong(fault: str) -> None:
         monkeypatch.setenv("FAKE_VLLM", fault)
 
@@ -147,3 +154,12 @@ def alive():
             return False
 
     return tell
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """An environment that names a proxy, where nothing answers."""
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "example.org")

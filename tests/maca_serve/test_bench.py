@@ -28,6 +28,10 @@ def test_one_process_runs_every_level(engine):
     assert [one[f"{m}_ms"]["p99"] for m in ("ttft", "tpot", "itl", "e2el")] == [100, 200, 300, 400]
 
 
+def test_proxies_of_the_environment_are_not_measured(engine, proxy):
+    assert run(engine)["requests"] == 2
+
+
 def test_failures_are_named(fake_vllm, engine):
     fake_vllm("bench fails")
     with pytest.raises(RequestError, match="bench serve failed: ValueError: no such data set"):

@@ -1,3 +1,4 @@
+import os
 import signal
 import socket
 import tempfile
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 from maca_serve import engine as module
 from maca_serve.checkpoint import open_checkpoint
-from maca_serve.client import Client
+from maca_serve.client import Client, direct_to
 from maca_serve.engine import Engine, claim_port
 from maca_serve.errors import BrokenAnswerError, EngineError, RequestError, UserError
 from maca_serve.fit import Fit
-from maca_serve.serving import up
+from maca_serve.serving import describe, up
 
 NO_SETTINGS = Fit([], {})
 
@@ -41,6 +43,17 @@ def test_it_answers_says_its_kernel_and_leaves_nothing(engine, alive):
     assert not log.exists()
     with pytest.raises(RequestError, match="did not answer"):
         engine.client().prompt_logprobs([[1, 2]])
+
+
+def test_proxies_of_the_environment_are_not_asked(engine, proxy):
+    with engine:
+        assert len(engine.client().prompt_logprobs([[1, 2, 3]])) == 1
+        url = f"{engine.url}/v1/models"
+        with direct_to(url):
+            assert requests.get(url).status_code == 200
+            assert os.environ["no_proxy"] == "example.org,127.0.0.1"
+        assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.org"
+        assert "curl --noproxy '*' http://127" in "".join(describe(engine))
 
 
 def test_it_stops_when_the_user_of_it_fails(engine, alive):

@@ -101,7 +101,7 @@ def manager(tmp_path):
 
 
 @needs_lm_eval
-def test_through_the_server(fake_vllm, quantized, manager, monkeypatch):
+def test_through_the_server(fake_vllm, quantized, manager, monkeypatch, proxy):
     monkeypatch.setattr(harness, "_task_manager", lambda: manager)
     opened = open_harness(["both"])
     assert opened.names == ["choice", "long"]
