@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import load
 from tiny import save_tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from maca_llmc.choices import Question, prompt_tokens, read_questions, score_questions
 from maca_llmc.errors import UserError
@@ -92,9 +93,34 @@ def test_a_limit_draws_the_same_ones_in_file_order(tmp_path):
     assert read_questions(path, tokenizer, 6, seed=1) != drawn
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085"])
+def test_separators_inside_a_string_are_no_ends_of_lines(tmp_path, separator):
+    row = json.dumps({**ROW, "question": f"a{separator}b"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"{row}\r\n{row}\n", encoding="utf-8-sig")
+    assert len(read_questions(tmp_path / "a.jsonl", tiny_tokenizer(), 9)) == 2
+
+
+def test_a_tokenizer_that_ends_texts_with_eos_scores_whole_choices(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROW, ROW)
+    plain, ending = tiny_tokenizer(), tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    assert ending("a")["input_ids"][::2] == [1, 2]
+    for one, other in zip(*(read_questions(path, t, 9) for t in (ending, plain)), strict=True):
+        assert (one.context, one.choices) == ((1, *other.context), other.choices)
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.jsonl is not UTF-8 at byte 3"):
+        read_questions(tmp_path / "a.jsonl", tiny_tokenizer(), 9)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ('{"question": "\\ud83d"}', r"line 3: the row: Invalid JSON: .* hex escape"),
         ("{", "line 3: the row: Invalid JSON"),
         ({**ROW, "question": 3}, "line 3: question: Input should be a valid string"),
         ({"choices": ["a", "b"], "answer": 0}, "line 3: question: Field required"),

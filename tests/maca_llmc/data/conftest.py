@@ -1,6 +1,7 @@
 """Tiny tokenizers made in memory, and words to feed them: one word is one token."""
 
 import pytest
+from loguru import logger
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -9,13 +10,16 @@ SPECIALS = ["<unk>", "<bos>", "<user>", "<assistant>", "<end>", "a"]
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
 
 
-def build_tokenizer(bos: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    bos: bool = False, chat_template: str | None = None, single: str = "<bos> $A"
+) -> PreTrainedTokenizerFast:
+    """Make one; ``single`` is what ``bos`` makes of a text."""
     vocabulary = {word: index for index, word in enumerate(SPECIALS + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+            single=single, special_tokens=[(name, vocabulary[name]) for name in ("<bos>", "<end>")]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -51,3 +55,12 @@ def chatty():
 def documents():
     """Ten documents of 40 words; no word occurs twice, so that reuse shows."""
     return [" ".join(WORDS[start : start + 40]) for start in range(0, 400, 40)]
+
+
+@pytest.fixture
+def warnings():
+    """What is logged as a warning, in order."""
+    seen = []
+    sink = logger.add(lambda message: seen.append(message.record["message"]), level="WARNING")
+    yield seen
+    logger.remove(sink)

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 
 from maca_llmc.data import build_calibration_set
-from maca_llmc.data.calibration import special_prefix
+from maca_llmc.data.calibration import check_ids, special_prefix
 from maca_llmc.errors import UserError
 
 BOS = 1  # its id in conftest's vocabulary
@@ -159,6 +159,47 @@ class TestSpecialTokens:
         for sequence in built.sequences:
             assert sequence[0] == BOS and BOS not in sequence[1:]
         assert built.record()["special_prefix"] == [BOS]
+
+    def test_a_tokenizer_that_ends_texts_with_eos(self, make_tokenizer, with_bos, documents):
+        ending = make_tokenizer(bos=True, single="<bos> $A <end>")
+        assert len(ending("w1")["input_ids"]) == 3 and special_prefix(ending) == [BOS]
+        one, other = (
+            build_calibration_set(tokenizer, source=documents, scales=(4, 8), tokens=64)
+            for tokenizer in (ending, with_bos)
+        )
+        assert one.record() == other.record()
+
+
+class TestIds:
+    """Tokens that the model has no embedding for; the vocabulary of ``plain`` has 406."""
+
+    def test_a_token_of_the_text_is_named(self, plain):
+        plain.add_tokens(["w999"])
+        ids = plain("w1 w999")["input_ids"]
+        assert ids[1] == 406
+        with pytest.raises(UserError, match=r"ids below 406 .* gives 406 \('w999'\)"):
+            check_ids([[], ids], plain, 406, "org/base")
+
+    @pytest.mark.parametrize(("rows", "refused"), [(405, True), (406, False), (512, False)])
+    def test_a_vocabulary_larger_than_the_embedding(self, plain, rows, refused):
+        plain.add_tokens(["<image>"])  # as Gemma 3's, which texts do not use
+        if not refused:
+            return check_ids([[1, 2]], plain, rows, "org/base")
+        with pytest.raises(UserError, match=r"gives 405 \('w399'\): give the tokenizer that"):
+            check_ids([[1, 2]], plain, rows, "org/base")
+
+
+class TestDocuments:
+    def test_few_that_give_all_windows_are_warned_of_and_recorded(self, plain, warnings):
+        source = [words(n % 300, 3) for n in range(40)] + [words(0, 300)]
+        built = build_calibration_set(plain, source=source, scales=(8,), tokens=80)
+        assert built.record()["documents"] == {"given": 41, "read": 41, "usable": 1, "used": 1}
+        (warning,) = warnings
+        assert "10 windows come from 1 of 41 documents" in warning
+
+    def test_many_are_not(self, plain, documents, warnings):
+        build_calibration_set(plain, source=documents, scales=(4, 8), tokens=100)
+        assert not warnings
 
 
 class TestChats:
