@@ -13,6 +13,7 @@ from loguru import logger
 from maca_llmc import defaults, models
 from maca_llmc.containers import CONTAINER_BITS, check_container
 from maca_llmc.data import CalibrationSet, build_calibration_set
+from maca_llmc.data.calibration import check_ids
 from maca_llmc.device import compute_on, resolve_device
 from maca_llmc.errors import UserError
 from maca_llmc.full_precision import asymmetric_modifiers
@@ -162,6 +163,8 @@ def prepare(
         split=split,
         config_name=config_name,
     )
+    rows = shapes.get_input_embeddings().weight.shape[0]
+    check_ids((ids.tolist() for ids in calibration.sequences), tokenizer, rows, source)
     calibration.dataloader(batch_tokens)  # refuses a size that makes no sense
     names = list(linear_widths(shapes, modifiers[0].resolved_targets, modifiers[0].ignore))
     return Run(
