@@ -27,6 +27,7 @@ from maca_serve.enginelog import (
 )
 from maca_serve.errors import EngineError, PortTakenError, RequestError, UserError
 from maca_serve.fit import Fit
+from maca_serve.guard import KEY_VARIABLE, RequireKey
 from maca_serve.process import listens, start_group, stop_group
 from maca_serve.scheme import describe_dtype, shorten_dtype
 
@@ -71,7 +72,8 @@ class Engine:
             fit: settings, see `maca_serve.fit`.
             host: address to listen on.
             port: TCP port; a free one when None, and another where that is taken meanwhile.
-            api_key: what clients must show; nothing when None, whatever the environment says.
+            api_key: what clients must show on every path but `/health`; nothing when None,
+                whatever the environment says.
         """
         self.checkpoint = checkpoint
         self.fit = fit
@@ -182,10 +184,11 @@ class Engine:
         handle, name = tempfile.mkstemp(prefix="maca-serve-", suffix=".log")
         self._log = Path(name)
         # By the environment: a command line can be read by everybody on the machine.
-        environment = {"VLLM_API_KEY": self.api_key or "", **_logging()}
+        environment = {KEY_VARIABLE: self.api_key or "", **_logging()}
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
         command += [str(self.checkpoint.path), "--served-model-name", self.checkpoint.name]
         command += ["--host", self.host, "--port", str(self.port), "--disable-uvicorn-access-log"]
+        command += ["--middleware", f"{RequireKey.__module__}.RequireKey"] if self.api_key else []
         command += self.fit.arguments
         with os.fdopen(handle, "w") as log:
             self._process = start_group(

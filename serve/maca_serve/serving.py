@@ -12,13 +12,15 @@ from maca_serve.doctor.loadable import require_loadable
 from maca_serve.engine import Engine, claim_port
 from maca_serve.errors import UserError
 from maca_serve.fit import fit
+from maca_serve.guard import KEY_VARIABLE
 from maca_serve.machine import require_vllm
 from maca_serve.passing import check_flags
 from maca_serve.ranks import Ranks, check_ranks
 
 HOST = "127.0.0.1"
 PORT = 8000
-KEY_VARIABLE = "VLLM_API_KEY"
+# With it vLLM would serve by another program, which knows no middleware.
+RUST = "VLLM_USE_RUST_FRONTEND"
 
 
 def up(
@@ -43,7 +45,8 @@ def up(
         port: TCP port; a free one when None.
         max_model_len: tokens of prompt and output together; fit for the machine when None.
         host: address to listen on; only this machine unless told otherwise.
-        api_key: what clients must show; VLLM_API_KEY of the environment when None.
+        api_key: what clients must show on every path but `/health`; VLLM_API_KEY of the
+            environment when None.
         tensor_parallel: ranks that share every layer.
         pipeline_parallel: ranks that share the stack of layers.
         threads: CPU cores to compute on, divided among the ranks; see `maca_serve.fit` when None.
@@ -95,4 +98,9 @@ def _key(given: str | None) -> str | None:
     key = given if given is not None else os.environ.get(KEY_VARIABLE) or None
     if key is not None and not (key.isascii() and key.isprintable() and key.split() == [key]):
         raise UserError(f"--api-key, {KEY_VARIABLE}: give ASCII characters without spaces")
+    if key is not None and os.environ.get(RUST, "0") != "0":
+        raise UserError(
+            f"{RUST}: vLLM's Rust server asks for a key on some paths only: unset {RUST}, or"
+            f" {KEY_VARIABLE} where everybody may use it"
+        )
     return key

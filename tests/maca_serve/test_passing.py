@@ -26,6 +26,13 @@ def test_flags_that_maca_serve_sets_do_not(flag, instead):
         check_flags(["--seed", "1", flag, "x"])
 
 
+@pytest.mark.parametrize("flag", ["--config", "--config=x", "--grpc", "--headless", "--grpc_port"])
+def test_flags_that_would_serve_something_else(flag):
+    with pytest.raises(UserError, match=f"^{flag}: cannot be passed on: "):
+        check_flags([flag, "x"])
+    assert check_flags(["--config-format", "hf"]), "another flag"
+
+
 def test_a_second_folder_is_no_flag():
     with pytest.raises(UserError, match="'other': give one DIR; flags for vLLM follow `--`"):
         check_flags(["other"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cores
 import four_bits
+import httpx
 import psutil
 import pytest
 import torch
@@ -167,6 +168,8 @@ def test_two_ranks_compute_what_one_process_does(checkpoints, tmp_path):
     ids = list(range(100, 160))
     with up(tmp_path, port=None, tensor_parallel=2, api_key="key") as engine:
         (found,) = engine.client().prompt_logprobs([ids])
+        for path in ("/invocations", "/tokenize", "/v1/completions", "/metrics"):
+            assert httpx.get(f"{engine.url}{path}", trust_env=False).status_code == 401
         workers = psutil.Process(engine._process.pid).children(recursive=True)
         assert [process.name() for process in workers if "TP" in process.name()] == [
             "VLLM::Worker_TP0",

@@ -36,6 +36,20 @@ def test_a_key_is_asked_for_and_shown_to_nobody(fake_vllm, quantized):
         assert '-H "Authorization: Bearer $VLLM_API_KEY"' in describe(engine)[5]
 
 
+def test_a_key_closes_every_path(fake_vllm, quantized):
+    with up(quantized, port=None, api_key="s3cret") as engine:
+        assert "'--middleware', 'maca_serve.guard.RequireKey'" in first_line(engine)
+    with up(quantized, port=None) as engine:
+        assert "--middleware" not in first_line(engine)
+
+
+def test_no_server_that_a_key_would_not_close(fake_vllm, quantized, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(UserError, match=r"VLLM_USE_RUST_FRONTEND: .*on some paths only: unset"):
+        up(quantized, port=None, api_key="s3cret")
+    up(quantized, port=None)
+
+
 def test_a_key_of_the_environment_holds_for_up_and_not_for_measurements(
     fake_vllm, quantized, monkeypatch
 ):
