@@ -4,10 +4,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import psutil
 import torch
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from maca_llmc.cgroups import memory_limits
 from maca_llmc.errors import UserError
 
 
@@ -29,6 +31,12 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", int(index or 0))
 
 
+def available_memory() -> int:
+    """Bytes of the host's memory that can be taken without swapping, within a container's limit."""
+    free: int = psutil.virtual_memory().available
+    return max(0, min([free, *(limit - used for limit, used in memory_limits())]))
+
+
 def compute_on(device: torch.device) -> None:
     """Make a CUDA device this process's current one, and products of float32 exact on it.
 
@@ -42,6 +50,16 @@ def compute_on(device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def _slow_bfloat16(device: torch.device) -> bool:
+    """Whether torch multiplies bfloat16 there number by number, at a sixth of float32's speed."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What products are fastest in."""
+    return torch.float32 if _slow_bfloat16(device) else torch.bfloat16
+
+
 def fast_linears(device: torch.device) -> AbstractContextManager[Any]:
     """While open, Linears of bfloat16 models do not wait for a CPU that multiplies them slowly.
 
@@ -49,8 +67,7 @@ def fast_linears(device: torch.device) -> AbstractContextManager[Any]:
     float32 (seen in 2.13.0+cpu). There the product is taken in float32 and rounded once, which is
     what units for bfloat16 do, too. Anywhere else nothing changes.
     """
-    slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return Float32Linears() if slow else nullcontext()
+    return Float32Linears() if _slow_bfloat16(device) else nullcontext()
 
 
 class Float32Linears(TorchFunctionMode):

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from maca_serve.cgroups import memory_limits
 from maca_serve.errors import UserError
 
 # Instruction sets that decide which low-bit kernels exist on a CPU and how fast they are.
@@ -57,12 +58,12 @@ def versions() -> dict[str, str | None]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory in bytes, instruction sets, cards for vLLM."""
+    """Processor, cores and bytes of memory this process may use, instruction sets, vLLM's cards."""
     name = _field(_cpu_info(), "model name")
     return {
         "cpu": name or platform.processor() or platform.machine(),
         "cores": len(physical_cpus()),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": _total_memory(),
         "cpu_flags": cpu_flags(),
         "gpus": _gpus(),
     }
@@ -92,10 +93,12 @@ def available_memory() -> int:
     """Bytes that new processes can take without swapping, within the container's limit."""
     meminfo = Path("/proc/meminfo").read_text()
     free = int(_field(meminfo, "MemAvailable").split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    return max(0, min([free, *(limit - used for limit, used in memory_limits())]))
+
+
+def _total_memory() -> int:
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([whole, *(limit for limit, _ in memory_limits())])
 
 
 def _cpu_info() -> str:
