@@ -83,12 +83,19 @@ def quiet() -> Iterator[None]:
 
 
 def tell_calibration(calibration: dict[str, Any]) -> None:
-    """Say on standard error how many tokens there are: whole windows rarely make a round budget.
+    """Say on standard error how many tokens there are, and how many documents gave them.
+
+    Whole windows rarely make a round budget.
 
     :param calibration: what ``CalibrationSet.record`` says
     """
     lengths = describe_lengths(calibration)
     tell(f"calibrating on {calibration['tokens']:,} tokens (count x length: {lengths})")
+    tell(
+        "documents: {given} given, {read} read, {usable} long enough, {used} used".format_map(
+            calibration["documents"]
+        )
+    )
 
 
 def tell(words: str) -> None:

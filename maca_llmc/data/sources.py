@@ -114,10 +114,10 @@ def _read(
     if path.is_dir():
         return _read_folder(path, reader, split, config_name)
     if path.is_file():
-        documents = _read_file(path, reader)
+        found = _read_file(path, reader)
         if path.parent != ASSETS:
             reader.report(str(path))
-        return documents
+        return found
     return _read_hub(str(source), reader, split, config_name)
 
 

@@ -49,7 +49,7 @@ def test_ids_without_an_embedding_are_refused_before_loading(tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_killed_on_another_day_goes_on(tmp_path, monkeypatch):
+def test_a_run_killed_on_another_day_goes_on(tmp_path, monkeypatch, capsys):
     source = save_tiny_model("llama", tmp_path / "model")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = DATED
@@ -68,4 +68,7 @@ def test_a_run_killed_on_another_day_goes_on(tmp_path, monkeypatch):
     chat_template_utils._compile_jinja_template.cache_clear()
     output = quantize(source, tmp_path / "out", data=data, resume=True)
     record = json.loads((output / "maca_run.json").read_text())
-    assert record["calibration"]["documents"]["given"] == 24
+    counts = record["calibration"]["documents"]
+    assert counts["given"] == 24 and counts["used"] <= counts["usable"] <= counts["read"] <= 24
+    said = f"documents: 24 given, {counts['read']} read, {counts['usable']} long enough"
+    assert f"{said}, {counts['used']} used" in capsys.readouterr().err
