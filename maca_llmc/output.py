@@ -1,7 +1,9 @@
 """Where a checkpoint may be made: checked before anything is computed for it."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -29,18 +31,19 @@ def resolve_output(output: str | Path) -> Path:
     return resolved
 
 
-def check_output(output: Path, model: str, overwrite: bool, resume: bool) -> None:
+def check_output(output: Path, inputs: Iterable[Any], overwrite: bool, resume: bool) -> None:
     """Refuse an output that could not be put in place, or would take the place of something else.
 
     :param output: as :func:`resolve_output` gives it
-    :param model: a folder or a hub name
+    :param inputs: of them, paths must not be in ``output``, which is replaced
     :raises UserError: says what is in the way
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: give a folder")
     _check_movable(output)
-    if _is_in(Path(model), output):
-        raise UserError(f"output {output} holds the model {model}: give another one")
+    for path in inputs:
+        if isinstance(path, str | Path) and _is_in(Path(path), output):
+            raise UserError(f"output {output} holds {path}, which the run reads: give another one")
     finished = resume and record.finished_identity(output) is not None
     if not is_free(output) and not finished:
         _check_replaced(output, overwrite)

@@ -11,6 +11,7 @@ FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.EDQUOT, "Disk quota exceeded"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    Exception("No space left on device (os error 28)"),  # of tokenizers
 ]
 
 
@@ -64,3 +65,28 @@ def test_weights_that_cannot_be_mapped_are_a_lack_of_memory(tmp_path):
 def test_other_errors_pass(tmp_path, error):
     with pytest.raises(type(error), match=str(error.args[-1])), named_faults(tmp_path):
         raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EROFS, "Read-only file system"),
+        OSError(errno.EIO, "Input/output error"),
+        SafetensorError("I/O error: Stale file handle (os error 116)"),
+        "gone",
+    ],
+    ids=str,
+)
+def test_a_disk_that_fails_and_a_folder_that_goes_away(tmp_path, error):
+    with (
+        pytest.raises(UserError, match=rf"^cannot write to {tmp_path} \(\w.*\): .*--resume$"),
+        named_faults(tmp_path),
+    ):
+        if error == "gone":
+            (tmp_path / "removed" / "file").touch()
+        raise error
+
+
+def test_what_is_one_line_already_stays(tmp_path):
+    with pytest.raises(UserError, match=r"^cannot load model"), named_faults(tmp_path):
+        raise UserError("cannot load model base: No such file or directory (os error 2)")

@@ -10,8 +10,8 @@ from maca_llmc.output import check_disk, check_output, resolve_output
 from maca_llmc.record import RECORD_FILE
 
 
-def check(output, model="org/model", overwrite=False, resume=False):
-    check_output(resolve_output(output), str(model), overwrite, resume)
+def check(output, *inputs, overwrite=False, resume=False):
+    check_output(resolve_output(output), inputs or ("org/model", None), overwrite, resume)
 
 
 def refused(match, *args, **kwargs):
@@ -41,11 +41,12 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch):
     check("new")
 
 
-def test_what_holds_the_model_is_refused_also_to_overwrite(tmp_path):
+def test_what_holds_the_model_or_data_is_refused_also_to_overwrite(tmp_path):
     (tmp_path / "out" / "base").mkdir(parents=True)
     (tmp_path / "out" / RECORD_FILE).touch()
-    for model in (tmp_path / "out", tmp_path / "out" / "base"):
-        refused("holds the model", tmp_path / "out", model, overwrite=True)
+    for path in (tmp_path / "out", tmp_path / "out" / "base", f"{tmp_path}/out/data.jsonl"):
+        match = f"holds {path}, which the run reads"
+        refused(match, tmp_path / "out", "org/model", path, overwrite=True)
     check(tmp_path / "out" / "base" / "new", tmp_path / "out" / "base")
 
 
