@@ -136,7 +136,7 @@ def quantize(
         bool, typer.Option("--whole-documents", help="Documents at their natural length.")
     ] = False,
     text_column: Annotated[
-        str | None, typer.Option(help="Column of the data. Default: text, messages or conversations.")
+        str | None, typer.Option(help="Default: text, messages or conversations.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     config_name: Annotated[str | None, typer.Option(help="Config of a hub data set.")] = None,
