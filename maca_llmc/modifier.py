@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from maca_llmc.inspection import DiagonalRecorder
 from maca_llmc.llmcompressor_api import (
     GPTQModifier,
     ModifierFactory,
+    QuantizationMixin,
+    active_session,
     assign_batches,
     empty_hessian,
     forget_causal_masks,
@@ -26,12 +29,15 @@ from maca_llmc.llmcompressor_api import (
 )
 from maca_llmc.moments import Moments
 from maca_llmc.ranks import agree_on_groups, agree_on_scale, broadcast_followers, world_size
-from maca_llmc.schemes import check_gptaq
+from maca_llmc.scales import search_scales
+from maca_llmc.schemes import check_order, check_schemes
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
 from maca_llmc.shared_inputs import Group, Input, SharedInputs
 from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
 from maca_llmc.stacks import cut_batches, quantize_stacks, row_stacks
+from maca_llmc.targets import UNFUSED, check_overlap, unlike_siblings
 from maca_llmc.token_weights import Segment, sequence_segments, total_weight
+from maca_llmc.written import check_set, mark_unset
 
 __all__ = ["MaCaModifier"]
 
@@ -41,7 +47,7 @@ FullInput = Callable[[torch.nn.Module], torch.Tensor | None]
 class MaCaModifier(GPTQModifier):
     """GPTQ calibrated by length: each sequence weighs ``L^-p`` per token, and maybe its prefixes.
 
-    Everything ``GPTQModifier`` takes works as it does there. Five fields are added:
+    Everything ``GPTQModifier`` takes works as it does there. Six fields are added:
 
     :param length_exponent: p of the token weight ``L^-p``, from 0 to 1. 1 (the default) is MaCa as
         we read it: each sequence is one sample, whatever its length. 0 is GPTQ: each token is one.
@@ -56,6 +62,9 @@ class MaCaModifier(GPTQModifier):
         (see ``scales.py``) instead of by the range of its weights: of integers by group or channel,
         where the recipe names no observer of its own. False leaves scales to observers. What it
         does depends on the model (``benchmarks/ACCURACY.md``).
+    :param signed_scales: let ``hessian_scales`` choose negative scales, where codes are symmetric
+        and of 4 bits at most (see ``scales.py``). False keeps every scale positive, for kernels
+        that do not take others.
     :param gptaq_alpha: above 0 it is GPTAQ (arXiv 2504.02692): weights also make up for what their
         inputs have become behind the quantized layers before them, wholly at 1. It takes the
         pipeline "maca", one rank, integers by group or channel, and about three times the forward
@@ -103,6 +112,7 @@ class MaCaModifier(GPTQModifier):
     nested_scales: list[int] | None = None
     first_token_weight: float = Field(default=4.0, gt=0.0)
     hessian_scales: bool = True
+    signed_scales: bool = True
     gptaq_alpha: float = Field(default=0.0, ge=0.0, le=1.0)
 
     _layout: BatchLayout | None = PrivateAttr(default=None)
@@ -167,12 +177,18 @@ class MaCaModifier(GPTQModifier):
     # lifecycle
 
     def on_initialize(self, state: Any, **kwargs: Any) -> bool:
-        """Attach schemes; refuse nesting where prefixes would not be what they stand for."""
+        """Attach schemes; refuse what the command line would refuse of a recipe.
+
+        Linears that vLLM would fuse and that differ are named in a warning: others may read them.
+        """
         if self.nested_scales:
             refuse_length_dependence(state.model.config)
+        if self.has_config():  # otherwise another modifier's schemes
+            self._check_recipe(state.model)
         keep_causal_masks(state.model.config)
-        check_gptaq(self)
-        return super().on_initialize(state, **kwargs)
+        initialized = bool(super().on_initialize(state, **kwargs))
+        mark_unset(state.model)
+        return initialized
 
     def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
         """Register GPTQ's hooks, and ours that read the attention mask of each batch."""
@@ -196,7 +212,7 @@ class MaCaModifier(GPTQModifier):
         if self._raised:
             logger.warning(
                 f"{len(self._raised)} of {len(self._done)} modules had a Hessian that was not "
-                f"positive definite with dampening {self.dampening_frac:g} and got more: "
+                f"positive definite with dampening {self._dampening:g} and got more: "
                 + ", ".join(f"{name} ({value:g})" for name, value in self._raised.items())
             )
         if self._unseen:
@@ -216,6 +232,7 @@ class MaCaModifier(GPTQModifier):
                 f"{len(missed)} targeted modules were never called in calibration, first "
                 f"{missed[0]!r}: add them to the recipe's ignore list"
             )
+        check_set(state.model)
         return finalized
 
     # calibration
@@ -287,6 +304,19 @@ class MaCaModifier(GPTQModifier):
         super()._reduce_hessian_to_target_rank(module_list, module_to_rank)
 
     # the parts
+
+    @property
+    def _dampening(self) -> float:
+        return self.dampening_frac or 0.0
+
+    def _check_recipe(self, model: Any) -> None:
+        check_schemes(self, model, text_only=False)
+        recipe = active_session().lifecycle.recipe
+        modifiers = [m for m in recipe.modifiers if isinstance(m, QuantizationMixin)]
+        check_order(recipe.modifiers)
+        check_overlap(modifiers, model)
+        if unlike := unlike_siblings(modifiers, model):
+            logger.warning(f"{unlike} have different schemes: {UNFUSED}")
 
     def _input_in_full_precision(self, module: torch.nn.Module) -> torch.Tensor | None:
         if self._full_input is None:
@@ -381,12 +411,12 @@ class MaCaModifier(GPTQModifier):
     def _factor(self, first: torch.nn.Module, hessian: torch.Tensor, ordered: bool) -> Factor:
         names = [self._module_names[member] for member in self._groups[first].members]
         try:
-            factor = factorize(hessian, self.dampening_frac or 0.0, ordered)
+            factor = factorize(hessian, self._dampening, ordered)
         except NotPositiveDefiniteError as error:
             raise CalibrationError(
                 f"{', '.join(names)}: the Hessian is {error}; calibrate with more tokens"
             ) from error
-        if factor.dampening != (self.dampening_frac or 0.0):
+        if factor.dampening != self._dampening:
             self._raised.update(dict.fromkeys(names, factor.dampening))
         return factor
 
@@ -420,7 +450,9 @@ class MaCaModifier(GPTQModifier):
     ) -> None:
         names = [self._module_names[module] for stack in stacks for module in stack]
         logger.info(f"Quantizing {len(names)} module(s): {names}")
-        quantize_stacks(stacks, factors, hessians, self.block_size, self.hessian_scales, feeds)
+        signed = self.signed_scales
+        search = partial(search_scales, signed=signed) if self.hessian_scales else None
+        quantize_stacks(stacks, factors, hessians, self.block_size, search, feeds)
         self._num_compressed_modules += len(names)
 
 

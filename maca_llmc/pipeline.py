@@ -38,6 +38,7 @@ from maca_llmc.llmcompressor_api import (
     patch_attr,
 )
 from maca_llmc.transforms import keeping_function, smoothers, transforms
+from maca_llmc.written import check_set, mark_unset
 
 NAME = "maca"
 
@@ -122,6 +123,7 @@ class LayerPipeline(CalibrationPipeline):
         store = torch.device(dataset_args.sequential_offload_device)
         resources = _given[-1] if _given else Resources()
         resources.hidden.device = store
+        mark_unset(model)
         try:
             check_targets(model, layers)
             with calibration_forward(model), disable_offloading():  # embeddings come over once
@@ -219,6 +221,7 @@ def finish_layer(
     for stage in stages:
         with nullcontext() if full is None else full.calibrating(stage):
             calibrate(others, layer, index, batches, stage)
+    check_set(layer, f"layer {index}: ")
     if keeper is not None:
         keeper.keep(layer)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from pydantic import ValidationError
 
@@ -19,10 +19,9 @@ from maca_llmc.llmcompressor_api import (
     QuantizationMixin,
     Recipe,
     Sentinel,
-    observer_names,
 )
 from maca_llmc.modifier import MaCaModifier
-from maca_llmc.schemes import dividing_group_sizes
+from maca_llmc.schemes import check_arguments, check_order, dividing_group_sizes
 from maca_llmc.targets import default_ignore, linear_widths
 
 
@@ -45,16 +44,12 @@ def read_recipe(path: str | Path) -> Recipe:
         recipe = Recipe.create_instance(str(path))
         for modifier in recipe.modifiers:
             if isinstance(modifier, QuantizationMixin):
-                resolved = modifier.resolve_quantization_config()  # not looked at before
-                for scheme in resolved.config_groups.values():
-                    # a modifier's actorder is put into schemes unseen
-                    QuantizationScheme.model_validate(scheme.model_dump())
-                    _check_observers(path, scheme)
-        _check_order(path, recipe.modifiers)
+                check_arguments(modifier)
+        check_order(recipe.modifiers)
         return recipe
     except ValidationError as error:
         raise UserError(f"recipe {path}: {_first_problem(error)}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         cure = " Use MaCaModifier, GPTQModifier or another of llm-compressor's."
         unknown = str(error).startswith("No modifier of type")
         raise UserError(f"recipe {path}: {_one_line(error)}{cure if unknown else ''}") from error
@@ -89,30 +84,6 @@ def _texts(content: Any) -> Iterator[str]:
     elif isinstance(content, dict | list):
         for item in content.values() if isinstance(content, dict) else content:
             yield from _texts(item)
-
-
-def _check_observers(path: Path, scheme: QuantizationScheme) -> None:
-    for args in (scheme.weights, scheme.input_activations, scheme.output_activations):
-        name = None if args is None else args.observer
-        if name is not None and name.lower().replace("-", "_") not in observer_names():
-            raise UserError(
-                f"recipe {path}: no observer {name!r}: use one of {', '.join(observer_names())}"
-            )
-
-
-def _check_order(path: Path, modifiers: list[Any]) -> None:
-    names = [type(modifier).__name__ for modifier in modifiers]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(
-                f"recipe {path}: has {name} {names.count(name)} times: give one all config_groups"
-            )
-    quantizing = [isinstance(modifier, QuantizationMixin) for modifier in modifiers]
-    for number, name in enumerate(names):
-        if not quantizing[number] and any(quantizing[:number]):
-            raise UserError(
-                f"recipe {path}: {name} would change what is quantized by then: put it first"
-            )
 
 
 def default_recipe(model: torch.nn.Module) -> Recipe:
@@ -219,14 +190,23 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        near = get_close_matches(str(problem["loc"][-1]), MaCaModifier.model_fields, n=1)
-        cure = f"is it {near[0]!r}?" if near else "check its spelling"
-        return f"unknown field {where!r} of {error.title}: {cure}"
+        return f"unknown field {where!r} of {error.title}: {_right_field(problem['loc'])}"
     given = f" {problem['input']!r}" if isinstance(problem["input"], str | int | float) else ""
     message = problem["msg"].removeprefix("Value error, ")
     if "preset scheme name" in message:
         message += f" ({', '.join(PRESET_SCHEMES)})"
     return " ".join(f"{error.title}: {where}{given}: {message}".split())
+
+
+def _right_field(where: tuple[int | str, ...]) -> str:
+    """What was meant by a field that is unknown in its place."""
+    name, known = str(where[-1]), set(MaCaModifier.model_fields)
+    if len(where) > 1:  # in a scheme
+        known = {*QuantizationScheme.model_fields, *QuantizationArgs.model_fields}
+    if name in known:
+        return "it is a field of MaCaModifier: give it there"
+    near = get_close_matches(name, known, n=1)
+    return f"is it {near[0]!r}?" if near else "check its spelling"
 
 
 def _one_line(error: Exception) -> str:

@@ -16,7 +16,8 @@ others do not. What was measured is in ``benchmarks/ACCURACY.md``.
 
 A symmetric scheme of b bits has one code more below zero than above. The sign of the scale says
 which side of a group gets it, so both signs are tried: at 3 bits the codes -4 to 3 then reach as
-far as the larger side needs. Every kernel multiplies by the scale, whatever its sign.
+far as the larger side needs. Every kernel multiplies by the scale, whatever its sign; the
+modifier's ``signed_scales`` is for those that do not.
 """
 
 from dataclasses import dataclass, fields
@@ -74,6 +75,7 @@ def search_scales(
     costs: torch.Tensor,
     energies: torch.Tensor,
     args: QuantizationArgs,
+    signed: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the scale of each group of columns that costs least.
 
@@ -81,6 +83,7 @@ def search_scales(
     :param costs: ``[d]``, of a squared error of each column
     :param energies: ``[rows]``, ``w H w^T`` of each
     :param args: integers, by group or channel
+    :param signed: try negative scales, too, where they may be worth a code
     :return: scale and zero point, ``[rows, d / group_size]`` (``[rows, 1]`` by channel), as
         llm-compressor's observers give them
     """
@@ -90,7 +93,7 @@ def search_scales(
     at_once = WEIGHTS_AT_ONCE.get(weight.device.type, weight.numel())
     rows = max(1, at_once // weight.shape[1])
     found = [
-        _search(part, _Cost.of(part.float(), by_group, energy), args)
+        _search(part, _Cost.of(part.float(), by_group, energy), args, signed)
         for part, energy in zip(groups.split(rows), energies.split(rows), strict=True)
     ]
     scales, zero_points = zip(*found, strict=True)
@@ -153,10 +156,10 @@ class _Best:
 
 
 def _search(
-    weight: torch.Tensor, cost: _Cost, args: QuantizationArgs
+    weight: torch.Tensor, cost: _Cost, args: QuantizationArgs, signed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lowest, highest = torch.aminmax(weight, dim=-1)
-    signs = (1, -1) if args.symmetric and args.num_bits <= SIGNED_BITS else (1,)
+    signs = (1, -1) if signed and args.symmetric and args.num_bits <= SIGNED_BITS else (1,)
 
     def candidate(shrink: torch.Tensor) -> _Best:
         size = shrink.abs()

@@ -19,17 +19,18 @@ from maca_llmc.llmcompressor_api import (
     update_batch_qparams,
 )
 from maca_llmc.losses import active_report, relative_error, row_energies
-from maca_llmc.scales import are_searched, column_costs, search_scales
+from maca_llmc.scales import are_searched, column_costs
+from maca_llmc.schemes import BY_ROW
 from maca_llmc.solve import BlockUpdate, Factor, sweep
 
 QuantizedModule = Any
 """A module that llm-compressor gave a ``quantization_scheme`` and a ``weight_observer``."""
 
+ScaleSearch = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""``scales.search_scales``: of a weight, the costs of its columns and energies of its rows."""
+
 ROWS_PER_STACK = 32768
 """Rows swept at once: what bounds the memory of a solve for hundreds of experts."""
-
-BY_ROW = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
-"""Strategies whose scales belong to rows, so that rows of several modules can be stacked."""
 
 
 def row_stacks(modules: list[QuantizedModule]) -> list[list[QuantizedModule]]:
@@ -75,7 +76,7 @@ def quantize_stacks(
     factors: list[Factor],
     hessians: list[torch.Tensor],
     block_size: int,
-    hessian_scales: bool,
+    search: ScaleSearch | None,
     feeds: torch.Tensor | None = None,
 ) -> None:
     """Quantize stacks of modules side by side, each stack with a Hessian of its own.
@@ -86,7 +87,7 @@ def quantize_stacks(
     :param stacks: as :func:`row_stacks` makes them, all of one shape
     :param factors: of each stack's Hessian
     :param hessians: float32 ``[d, d]``, one a stack, to relate losses to
-    :param hessian_scales: search for scales under the Hessian instead of asking the observer
+    :param search: finds scales under the Hessian; None to ask the observer
     :param feeds: ``[stacks, d, d]``, GPTAQ's feedback of each stack; None for GPTQ
     """
     with disable_offloading():
@@ -98,11 +99,11 @@ def quantize_stacks(
         energies = torch.stack(
             [row_energies(w, hessian) for w, hessian in zip(weights, hessians, strict=True)]
         )
-        if hessian_scales and are_searched(args):
+        if search is not None and are_searched(args):
             for stack, factor, energy in zip(stacks, factors, energies, strict=True):
                 costs = column_costs(factor.upper, factor.order)
                 for module, own in zip(stack, energy.split(rows), strict=True):
-                    scale, zero_point = search_scales(module.weight, costs, own, args)
+                    scale, zero_point = search(module.weight, costs, own, args)
                     qparams[module] |= {"scale": scale, "zero_point": zero_point}
         update = _block_update(
             gptq_block_update if feeds is None else asymmetric_block_update,

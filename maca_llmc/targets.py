@@ -1,39 +1,70 @@
 """What the targets and the ignore list of a recipe name in a model."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import KV_CACHE_TARGETS
 from compressed_tensors.utils import match_named_modules, match_targets
+from loguru import logger
 
-from maca_llmc.errors import UserError
+from maca_llmc.errors import CalibrationError
+from maca_llmc.llmcompressor_api import decoder_layers
 
 LEFT_ALONE = (
     "lm_head",
     r"re:.*(vision|visual|audio).*",
     r"re:.*multi_modal_projector.*",
     r"re:.*mlp\.gate$",
+    r"re:.*mlp\.gate\.wg$",
     r"re:.*router.*",
+    r"re:.*\.shared_expert_gate$",
+    r"re:.*\.indexer\.(wk|weights_proj)$",
 )
-"""What stays unquantized by default: output head, other modalities, and routers of experts."""
+"""What stays unquantized by default: output head, other modalities, and what vLLM builds without a
+quantization config: routers and gates of experts, two Linears of DeepSeek's sparse attention."""
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
 """Linears of one input that vLLM makes one of, in the models that have them by these names."""
+
+UNFUSED = "vLLM makes one of them and wants one scheme for all: give them one, or ignore all"
+"""What is wrong with unlike schemes of :data:`FUSED` parts, and the cure."""
+
+EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
+"""What stands before the number of an expert: vLLM makes one of all of them."""
 
 
 def default_ignore(model: torch.nn.Module) -> list[str]:
-    """The entries of ``LEFT_ALONE`` that match anything in ``model``."""
+    """The entries of ``LEFT_ALONE`` that match anything in ``model``, and more that stays as it is.
+
+    That is Linears outside the decoder layers, to which no layer's calibration comes (Gemma 3n),
+    and first-generation Mamba mixers, which vLLM builds without a quantization config (Jamba).
+    """
     names = [name for name, _ in model.named_modules()]
-    return [
+    ignored = [
         entry
-        for entry in LEFT_ALONE
+        for entry in (*LEFT_ALONE, *_mamba_mixers(names))
         if any(
             re.match(entry[3:], name) if _is_expression(entry) else name == entry for name in names
         )
     ]
+    inside = {module for layer in decoder_layers(model) for module in layer.modules()}
+    linears = match_named_modules(model, ["Linear"], ignored)
+    return ignored + [name for name, module in linears if module not in inside]
+
+
+def _mamba_mixers(names: list[str]) -> list[str]:
+    """Expressions for the Linears of mixers that have an ``x_proj``, as only the first kind has."""
+    mixers = {name.split(".")[-2] for name in names if re.search(r"\.layers\..*\.x_proj$", name)}
+    return [rf"re:.*\.{mixer}\.(in|x|dt|out)_proj$" for mixer in sorted(mixers)]
 
 
 def linear_widths(
@@ -67,30 +98,37 @@ def linear_schemes(
     return found
 
 
-def check_targets(modifier: Any, model: Any) -> dict[str, int]:
+def check_targets(modifier: Any, model: Any, text_only: bool = True) -> dict[str, int]:
     """Check that targets and ignored entries say what somebody who wrote them would expect.
+
+    An expression of the ignore list that matches nothing is named in a warning only: recipes for
+    several models have some.
 
     :param modifier: one that quantizes
     :param model: its shapes are enough (meta device)
+    :param text_only: calibration is on text
     :return: input widths of the Linears it quantizes
-    :raises UserError: when nothing is targeted, or modules that text does not go through (a vision
-        tower); when a target or an ignored entry names no module, an ignored one only what is
-        around quantized ones, a group is left with nothing, or a Linear could be of two groups;
-        and for a quantized cache of attention that is ignored
+    :raises CalibrationError: when nothing is targeted, an embedding is, or modules that text does
+        not go through (a vision tower); when a target or an ignored entry names no module, an
+        ignored one only what is around quantized ones, a group is left with nothing, or a Linear
+        could be of two groups; and for a quantized cache of attention that is ignored
     """
     _check_ignore(model, modifier)
     _check_cache(model, modifier)
     targeted = linear_widths(model, modifier.resolved_targets, modifier.ignore)
     if not targeted:
-        raise UserError(
+        raise CalibrationError(
             f"the recipe's targets {sorted(modifier.resolved_targets)} match no Linear of the "
             "model: use targets: [Linear]"
         )
     _check_groups(model, modifier)
+    _check_embeddings(model, modifier)
+    if not text_only:
+        return targeted
     reached = _reached_by_text(model)
     unreached = [name for name in targeted if name not in reached]
     if unreached:
-        raise UserError(
+        raise CalibrationError(
             f"the recipe quantizes {len(unreached)} Linears that text does not go through, first "
             f"{unreached[0]}: add 're:{_branch(unreached[0], reached)}.*' to its ignore list"
         )
@@ -100,14 +138,14 @@ def check_targets(modifier: Any, model: Any) -> dict[str, int]:
 def check_overlap(modifiers: list[Any], model: Any) -> None:
     """Check that no two modifiers quantize one Linear.
 
-    :raises UserError: names it; llm-compressor would let the later one have it
+    :raises CalibrationError: names it; llm-compressor would let the later one have it
     """
     owner: dict[str, Any] = {}
     for modifier in modifiers:
         for name in linear_widths(model, modifier.resolved_targets, modifier.ignore):
             first = type(owner.setdefault(name, modifier)).__name__
             if owner[name] is not modifier:
-                raise UserError(
+                raise CalibrationError(
                     f"{name} is quantized by {first} and by {type(modifier).__name__}: narrow the "
                     "targets of one, or add it to its ignore list"
                 )
@@ -116,14 +154,38 @@ def check_overlap(modifiers: list[Any], model: Any) -> None:
 def unlike_siblings(modifiers: list[Any], model: torch.nn.Module) -> str | None:
     """The first Linears that vLLM would make one of and that differ in scheme, in words."""
     schemes = linear_schemes(modifiers, model)
-    for parent, module in model.named_modules():
+    plain = {name: scheme.model_dump(exclude={"targets"}) for name, scheme in schemes.items()}
+    for words, names in _fused_parts(model):
+        first, *others = (plain.get(name) for name in names)
+        if any(other != first for other in others):
+            return words
+    return None
+
+
+def _fused_parts(model: torch.nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """What vLLM makes one of: in words, and the names of its parts."""
+    experts: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
         for fused in FUSED:
             kinds = [kind for kind in fused if hasattr(module, kind)]
-            given = [schemes.get(f"{parent}.{kind}") for kind in kinds]
-            plain = [None if s is None else s.model_dump(exclude={"targets"}) for s in given]
-            if any(one != plain[0] for one in plain[1:]):
-                return f"{', '.join(kinds)} of {parent}"
-    return None
+            if len(kinds) > 1:
+                yield f"{', '.join(kinds)} of {name}", [f"{name}.{kind}" for kind in kinds]
+        match = EXPERTS.match(name)
+        if match and isinstance(module, torch.nn.Linear):
+            experts.setdefault(match[1], []).append(name)
+    for name, parts in experts.items():
+        yield f"parts of {name}", parts
+
+
+def _check_embeddings(model: Any, modifier: Any) -> None:
+    """Refuse embeddings, to which no calibration pass and no solve comes."""
+    targets, ignore = modifier.resolved_targets, modifier.ignore
+    for name, module in match_named_modules(model, targets, ignore):
+        if isinstance(module, torch.nn.Embedding):
+            raise CalibrationError(
+                f"the recipe quantizes {name}, an embedding, which is not done here: take it out "
+                f"of the targets, or add {name} to the ignore list"
+            )
 
 
 def _check_groups(model: Any, modifier: Any) -> None:
@@ -131,14 +193,14 @@ def _check_groups(model: Any, modifier: Any) -> None:
     for group, scheme in modifier.resolved_config.config_groups.items():
         for target in scheme.targets:
             if owner.setdefault(target, group) != group:
-                raise UserError(
+                raise CalibrationError(
                     f"the recipe's {owner[target]} and {group} both target {target!r}: leave it "
                     "to one"
                 )
             if not _is_expression(target) and not any(match_named_modules(model, [target])):
-                raise UserError(
+                raise CalibrationError(
                     f"the recipe's {group} targets {target!r}, which is no module or class of the "
-                    "model: mend the name or leave it out"
+                    f"model: {_mended(model, target)}"
                 )
     used = set()
     for name, module in match_named_modules(model, owner, modifier.ignore):
@@ -148,13 +210,13 @@ def _check_groups(model: Any, modifier: Any) -> None:
             # a name beside an expression, either beside a class: that is how exceptions are said
             alike = (_is_expression(other), other == name) == (_is_expression(first), first == name)
             if alike and owner[other] != owner[first]:
-                raise UserError(
+                raise CalibrationError(
                     f"{name} is in {owner[first]} by {first!r} and in {owner[other]} by {other!r}: "
                     "narrow one of them"
                 )
     for group, scheme in modifier.resolved_config.config_groups.items():
         if group not in used:
-            raise UserError(
+            raise CalibrationError(
                 f"the recipe's {group} has nothing to quantize: what its targets {scheme.targets} "
                 "match is ignored or of another group, or there is none: mend them or leave it out"
             )
@@ -168,10 +230,17 @@ def _check_cache(model: Any, modifier: Any) -> None:
     ignored = sorted((attention - kept) & _reached_by_text(model))
     if ignored:
         inside = rf"re:.*{ignored[0].rpartition('.')[2]}\..*"
-        raise UserError(
+        raise CalibrationError(
             f"the recipe quantizes the KV cache and ignores {ignored[0]}, whose scales nothing "
             f"would set: to leave its Linears alone, ignore '{inside}'"
         )
+
+
+def _mended(model: torch.nn.Module, name: str) -> str:
+    """What to do about a name that is none: most often it is the end of one."""
+    if any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules()):
+        return f"write 're:.*{re.escape(name)}$'"
+    return "mend the name or leave it out"
 
 
 def _is_expression(target: str) -> bool:
@@ -179,21 +248,22 @@ def _is_expression(target: str) -> bool:
 
 
 def _check_ignore(model: Any, modifier: Any) -> None:
-    """Regular expressions may match nothing: recipes for several models have some."""
     targeted = {name for name, _ in match_named_modules(model, modifier.resolved_targets)}
     around = _above(targeted) - targeted
     for entry in modifier.ignore:
-        if _is_expression(entry):
-            continue
         named = [name for name, _ in match_named_modules(model, [entry])]
+        if _is_expression(entry):
+            if not named:
+                logger.warning(f"the recipe ignores {entry!r}, which matches nothing in the model")
+            continue
         if not named:
-            raise UserError(
-                f"the recipe ignores {entry!r}, which is no module of the model: mend the name or "
-                "leave it out"
+            raise CalibrationError(
+                f"the recipe ignores {entry!r}, which is no module of the model: "
+                f"{_mended(model, entry)}"
             )
         if targeted.isdisjoint(named) and not around.isdisjoint(named):
             inside = re.escape(entry) if entry in named else rf".*\.{named[0].rpartition('.')[2]}"
-            raise UserError(
+            raise CalibrationError(
                 f"the recipe ignores {entry!r}, which is not quantized itself, and not what is in "
                 f"it, which is: ignore 're:{inside}\\.' instead"
             )

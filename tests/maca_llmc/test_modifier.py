@@ -331,7 +331,7 @@ def test_all_experts_share_one_hessian(tiny_model):
     "weights",
     {
         "channel": {"num_bits": 4, "strategy": "channel"},
-        "tensor": {"num_bits": 8, "strategy": "tensor"},
+        "tensor": {"num_bits": 8, "strategy": "tensor", "type": "float"},
         "asymmetric": {"num_bits": 3, "strategy": "group", "group_size": 32, "symmetric": False},
         "weight ordering": {
             "num_bits": 4,

@@ -134,6 +134,7 @@ def test_every_field_of_the_record_is_filled(checkpoint, licensed_model):
         "nested_scales": None,
         "first_token_weight": 4.0,
         "hessian_scales": True,
+        "signed_scales": True,
         "gptaq_alpha": 0.0,
     }
     assert record["versions"]["llmcompressor"] == "0.14.0.1"
