@@ -159,6 +159,13 @@ def quantize(
         int | None,
         typer.Option(help="4: store 2- and 3-bit weights in 4-bit containers, same values."),
     ] = None,
+    allow_unfused: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unfused",
+            help="Unlike schemes for what vLLM makes one of, which it won't load.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in it when done.")
     ] = False,
@@ -184,13 +191,11 @@ def quantize(
         seed=seed,
         device=device,
         container=container,
+        allow_unfused=allow_unfused,
         overwrite=overwrite,
         resume=resume,
     )
-    console = Console()
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-    console.print(f"wrote {folder} ({size:.0f} MB)", highlight=False, soft_wrap=True)
-    console.print(CHECKPOINT_NEXT.format(folder=folder), highlight=False, soft_wrap=True)
+    _print_written(folder)
 
 
 @app.command("plan")
@@ -201,6 +206,63 @@ def plan_run(**flags: Any) -> None:
 
     flags["scales"] = _numbers(flags["scales"], "--scales")
     print_plan(_showing_warnings(maca_llmc.plan)(flags.pop("output"), **flags))
+
+
+@app.command()
+def tune(
+    checkpoint: Annotated[Path, typer.Argument(help="Quantized checkpoint folder.")],
+    output: Annotated[Path, typer.Option(help="Folder to make for the tuned checkpoint.")],
+    base: Annotated[
+        str, typer.Option(help="The unquantized model: folder, hub name, or the embedded model.")
+    ] = defaults.MODEL,
+    blocks: Annotated[
+        bool, typer.Option(help="Tune where weights are rounded, layer by layer.")
+    ] = True,
+    end_to_end: Annotated[
+        bool, typer.Option(help="Tune scales by KL divergence to the base.")
+    ] = True,
+    data: Annotated[
+        str | None,
+        typer.Option(help="As in quantize: text, JSONL, folder or hub data set. Default: ours."),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Lengths of windows. Default: 128,256,512,1024,2048 within context."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Budget in tokens.")] = defaults.TOKENS,
+    text_column: Annotated[
+        str | None, typer.Option(help="Default: text, messages or conversations.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    config_name: Annotated[str | None, typer.Option(help="Config of a hub data set.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of windows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in it when done.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a killed run was.")
+    ] = False,
+) -> None:
+    """Tune CHECKPOINT towards BASE: same format, same size, same kernels, closer answers."""
+    folder = _showing_warnings(maca_llmc.tune)(
+        checkpoint,
+        output,
+        base=base,
+        blocks=blocks,
+        end_to_end=end_to_end,
+        data=data,
+        lengths=_numbers(lengths, "--lengths"),
+        tokens=tokens,
+        text_column=text_column,
+        split=split,
+        config_name=config_name,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    _print_written(folder)
 
 
 @app.command()
@@ -263,6 +325,13 @@ def embedded_model(
         raise UserError(f"{link} exists and is no link: give another name")
     link.symlink_to(folder)
     Console().print(f"{link} -> {folder}", highlight=False, soft_wrap=True)
+
+
+def _print_written(folder: Path) -> None:
+    console = Console()
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    console.print(f"wrote {folder} ({size:.0f} MB)", highlight=False, soft_wrap=True)
+    console.print(CHECKPOINT_NEXT.format(folder=folder), highlight=False, soft_wrap=True)
 
 
 def _print_table(results: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 an upgrade that moves something fails there and says what moved.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,11 @@ from llmcompressor.modifiers.gptq.helpers import (
     make_empty_hessian,
     update_batch_qparams,
 )
+from llmcompressor.modifiers.quantization.calibration import (
+    initialize_observer,
+    observe,
+    update_qparams,
+)
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.observers import Observer
@@ -54,6 +60,7 @@ from llmcompressor.utils.helpers import (
 )
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from transformers import conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.monkey_patching import clear_patch_mapping
 
 __all__ = [
@@ -82,8 +89,11 @@ __all__ = [
     "gptq_base",
     "gptq_block_update",
     "gptq_progress",
+    "initialize_observer",
     "keep_causal_masks",
+    "keep_expert_names",
     "loading_separate_experts",
+    "observe",
     "observer_names",
     "onload_device",
     "patch_attr",
@@ -91,7 +101,17 @@ __all__ = [
     "separate_experts",
     "update_batch_qparams",
     "update_offload_parameter",
+    "update_qparams",
 ]
+
+
+SEPARATE_EXPERT = re.compile(r"experts\.\*\.(\w+)\.weight")
+SEPARATE_NAMES = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+"""What llm-compressor calls the parts of what transformers makes one tensor of."""
 
 
 def empty_hessian(module: torch.nn.Module) -> torch.Tensor:
@@ -159,6 +179,25 @@ def loading_separate_experts(model_class: Any, model_type: str) -> Iterator[None
             clear_patch_mapping()
             mappings.clear()
             mappings.update(before)
+
+
+def keep_expert_names(model: Any) -> None:
+    """Have a loaded model's separate experts saved under the names that its checkpoint has them by.
+
+    Where transformers fuses them (``w1`` and ``w3`` of LFM2-MoE to ``gate_up_proj``), its way back
+    is for fused experts only, and separate ones would keep llm-compressor's names.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    for conversion in [one for one in conversions if isinstance(one, WeightConverter)]:
+        fused = conversion.target_patterns[0].rpartition(".")[2]
+        parts = [SEPARATE_EXPERT.search(source) for source in conversion._original_source_patterns]
+        for part, ours in zip(parts, SEPARATE_NAMES.get(fused, ()), strict=False):
+            if part is not None and part[1] != ours:
+                renaming = WeightRenaming(
+                    rf"\.experts\.(\d+)\.{part[1]}\.", rf".experts.\1.{ours}."
+                )
+                renaming.scope_prefix = conversion.scope_prefix
+                conversions.append(renaming)
 
 
 def _conversion_mappings() -> dict[str, Any]:

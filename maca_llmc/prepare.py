@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loguru import logger
 
-from maca_llmc import defaults, models
+from maca_llmc import base_weights, defaults, models
 from maca_llmc.containers import CONTAINER_BITS, check_container
 from maca_llmc.data import CalibrationSet, build_calibration_set
 from maca_llmc.data.calibration import check_ids
@@ -23,7 +22,7 @@ from maca_llmc.llmcompressor_api import Recipe
 from maca_llmc.output import check_output, resolve_output
 from maca_llmc.recipes import default_recipe, quantizing_modifiers, read_recipe
 from maca_llmc.schemes import check_schemes
-from maca_llmc.targets import check_overlap, linear_widths, unlike_siblings
+from maca_llmc.targets import UNFUSED, check_overlap, linear_widths, unlike_siblings
 
 
 @dataclass
@@ -32,8 +31,11 @@ class Run:
 
     :param shapes: the model without weights
     :param modifiers: of the recipe, those that quantize, the ones with Hessians first
+    :param processor_files: of the base, to copy
+    :param draft_layers: of the base, which the result lacks: where they are, how many tensors each
     :param batch_tokens: tokens that go through a layer together
     :param cache_bytes: hidden states held in memory; None for half of what is free
+    :param dropped: all of the base's that the checkpoint lacks, as ``draft_layers``
     """
 
     source: str
@@ -42,7 +44,9 @@ class Run:
     recipe: Recipe
     modifiers: list[Any]
     calibration: CalibrationSet
-    processor: Any
+    tokenizer: Any
+    processor_files: list[Path]
+    draft_layers: dict[str, int]
     recorder: DiagonalRecorder
     device: torch.device
     batch_tokens: int
@@ -51,6 +55,7 @@ class Run:
     losses: dict[str, float] = field(default_factory=dict)
     wall_seconds: dict[str, float] = field(default_factory=dict)
     spilled_bytes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def modifier(self) -> Any:
@@ -92,6 +97,7 @@ def prepare(
     seed: int = 0,
     device: str = "auto",
     container: int | None = None,
+    allow_unfused: bool = False,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Run:
@@ -113,11 +119,13 @@ def prepare(
     :param seed: of the order of the data; recorded
     :param device: "auto", "cpu", "cuda" or "cuda:N"
     :param container: 4 stores 2- and 3-bit weights in 4-bit containers, same values
+    :param allow_unfused: let Linears that vLLM makes one of (q, k and v; gate and up; experts) have
+        schemes of their own, for readers other than vLLM
     :param overwrite: replace ``output``, a checkpoint of ours, when the new one is complete
     :param resume: go on after the last layer that a killed run of the same settings finished
     :raises UserError: for anything the user can mend; nothing is written
     """
-    check_output(resolve_output(output), str(model), overwrite, resume)
+    check_output(resolve_output(output), (model, data), overwrite, resume)
     if container not in (None, CONTAINER_BITS):
         raise UserError(f"--container {container}: only {CONTAINER_BITS} is supported")
     if cache_gb is not None and cache_gb < 0:
@@ -131,13 +139,17 @@ def prepare(
     source = models.resolve_model(str(model))
     config = models.load_config(source)
     shapes = models.meta_model(config)
+    tensors = base_weights.read_headers(source)
+    base_weights.check_sizes(source, tensors, shapes)
     parsed = parsed or default_recipe(shapes)
     modifiers = quantizing_modifiers(parsed)
     for modifier in modifiers:
         check_schemes(modifier, shapes)
     check_overlap(modifiers, shapes)
-    if unlike := unlike_siblings(modifiers, shapes):
-        logger.warning(f"{unlike} have different schemes: vLLM fuses them and wants one for all")
+    if not allow_unfused and (unlike := unlike_siblings(modifiers, shapes)):
+        raise UserError(
+            f"{unlike} have different schemes: {UNFUSED}, or --allow-unfused for other readers"
+        )
     if container:
         check_container(s for m in modifiers for s in m.resolved_config.config_groups.values())
     context = models.context_length(config)
@@ -149,7 +161,6 @@ def prepare(
                 f"length ({defaults.SCALES[0]}): give --scales"
             )
     tokenizer = models.load_tokenizer(source)
-    processor = models.load_processor(source, tokenizer)
     calibration = build_calibration_set(
         tokenizer,
         source=data,
@@ -174,7 +185,9 @@ def prepare(
         recipe=parsed,
         modifiers=modifiers,
         calibration=calibration,
-        processor=processor,
+        tokenizer=tokenizer,
+        processor_files=models.processor_files(source),
+        draft_layers=base_weights.draft_layers(tensors, config),
         recorder=DiagonalRecorder(inspected_modules(names), scales or defaults.SCALES),
         device=target,
         batch_tokens=batch_tokens,

@@ -1,15 +1,17 @@
 """The quantize run: check everything first, calibrate, save beside, rename."""
 
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 from llmcompressor import oneshot
 from loguru import logger
 
-from maca_llmc import models, pipeline, record, smollm2
+from maca_llmc import base_weights, models, pipeline, record, smollm2
 from maca_llmc.containers import widen_containers
+from maca_llmc.device import available_memory
 from maca_llmc.errors import UserError
 from maca_llmc.faults import named_faults
 from maca_llmc.files import write_json
@@ -24,6 +26,7 @@ from maca_llmc.llmcompressor_api import (
 from maca_llmc.losses import recorded_losses
 from maca_llmc.modifier import MaCaModifier
 from maca_llmc.output import check_disk, resolve_output
+from maca_llmc.planning import targeted
 from maca_llmc.prepare import Run, prepare
 from maca_llmc.progress import layer_progress, quiet, tell, tell_calibration
 from maca_llmc.recipes import save_recipe
@@ -32,6 +35,7 @@ from maca_llmc.schemes import describe_scheme
 from maca_llmc.signatures import same_parameters_as
 from maca_llmc.state import RunState
 from maca_llmc.transforms import named_refusals
+from maca_llmc.written import check_set, check_written, sample_weights
 
 
 @same_parameters_as(prepare)
@@ -51,6 +55,7 @@ def quantize(output: str | Path, **options: Any) -> Path:
     given, output = Path(output).expanduser().absolute(), resolve_output(output)
     run = prepare(output, **options)
     check_disk(output, run.shapes)
+    _warn_of_dropped(run.draft_layers)
     identity = run_identity(run)
     resume, overwrite = bool(options.get("resume")), bool(options.get("overwrite"))
     if resume and (finished := record.finished_identity(output)) is not None:
@@ -81,17 +86,33 @@ def quantize(output: str | Path, **options: Any) -> Path:
 
 def _quantize(run: Run, name: str, state: RunState, identity: dict[str, Any]) -> None:
     quantized = _calibrate(run, state)
+    check_set(quantized)
+    computed = sample_weights(quantized, targeted(run))
     if run.container:
         widen_containers(quantized)
     partial = state.folder / "checkpoint"
     partial.mkdir()
     with run.timed("save"), quiet():
         models.save_model(quantized, partial)
-        run.processor.save_pretrained(partial)
+        run.tokenizer.save_pretrained(partial)
+        for file in run.processor_files:
+            shutil.copyfile(file, partial / file.name)
         save_recipe(run.recipe, partial)
+        check_written(quantized, partial, computed)
+        run.dropped = base_weights.dropped(run.source, partial, run.config)
+    _warn_of_dropped(run.dropped, known=run.draft_layers)
     _write_records(run, partial, name, state, identity)
     _make_readable(partial)
     state.complete(partial)
+
+
+def _warn_of_dropped(dropped: dict[str, int], known: Iterable[str] = ()) -> None:
+    for name, count in dropped.items():
+        if name not in known:
+            logger.warning(
+                f"the checkpoint has no {name} ({count} tensors of the base model): transformers "
+                "loads the model without"
+            )
 
 
 def _calibrate(run: Run, state: RunState) -> Any:
@@ -104,7 +125,7 @@ def _calibrate(run: Run, state: RunState) -> Any:
     tell_calibration(run.calibration.record())
     if state.finished:
         tell(f"{state.finished} of {len(decoder_layers(model))} layers are finished already")
-    limit = psutil.virtual_memory().available // 2 if run.cache_bytes is None else run.cache_bytes
+    limit = available_memory() // 2 if run.cache_bytes is None else run.cache_bytes
     place = run.hidden_place
     on_host = place.type == "cpu"
     hidden = HiddenStates(limit, state.folder / "spill") if on_host else HiddenStates()
@@ -121,7 +142,7 @@ def _calibrate(run: Run, state: RunState) -> Any:
         ):
             oneshot(
                 model=model,
-                processor=run.processor,
+                processor=run.tokenizer,
                 dataset=loader,
                 recipe=run.recipe,
                 pipeline=pipeline.NAME,
@@ -156,6 +177,7 @@ def _write_records(
                     "nested_scales",
                     "first_token_weight",
                     "hessian_scales",
+                    "signed_scales",
                     "gptaq_alpha",
                     "dampening_frac",
                     "block_size",
@@ -163,6 +185,7 @@ def _write_records(
             ),
         },
         "container_bits": container,
+        "dropped": run.dropped,
         "seed": run.calibration.seed,
         "versions": record.versions(),
         "machine": record.machine(run.device),
@@ -187,7 +210,8 @@ def describe_method(modifier: Any) -> str:
     nested = f", nested {modifier.nested_scales}" if modifier.nested_scales else ""
     first = modifier.first_token_weight
     sink = f", first token x {first:g}" if first != 1.0 else ""
-    scales = ", scales by Hessian" if modifier.hessian_scales else ""
+    positive = "" if modifier.signed_scales else "positive "
+    scales = f", {positive}scales by Hessian" if modifier.hessian_scales else ""
     kind = "GPTAQ, " if modifier.gptaq_alpha else ""
     return f"MaCa ({kind}p = {modifier.length_exponent:g}{nested}{sink}{scales})"
 
