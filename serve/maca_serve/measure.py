@@ -15,6 +15,7 @@ from maca_serve.breakeven import break_even
 from maca_serve.checkpoint import Checkpoint, open_all
 from maca_serve.console import progress
 from maca_serve.doctor.checks import require_sound
+from maca_serve.doctor.loadable import require_loadable
 from maca_serve.engine import Engine
 from maca_serve.errors import UserError
 from maca_serve.fit import Fit, fit
@@ -161,6 +162,8 @@ def measure(
     for checkpoint in checkpoints:
         require_sound(checkpoint.path, checkpoint.config)
         _require_fits(checkpoint, speed)
+    require_loadable(checkpoints)
+    for checkpoint in checkpoints:
         check_ranks(checkpoint, ranks)
     longest = max(plan.longest if plan else 0, speed.longest if speed else 0)
     fits = fits or [fit(each, version, measured=longest, ranks=ranks) for each in checkpoints]

@@ -85,6 +85,9 @@ CHANGES = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
     "autoround": {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True},
     "unknown": {"quant_method": "hqq", "bits": 4},
+    "cache of int8": integers(4) | {"kv_cache_scheme": {**EIGHT_BITS, "type": "int"}},
+    "cache by channel": integers(4) | {"kv_cache_scheme": {**EIGHT_BITS, "strategy": "channel"}},
+    "cache": integers(4) | {"kv_cache_scheme": EIGHT_BITS},
 }
 
 
@@ -247,6 +250,12 @@ def test_cpu_reads_the_formats_of_others(here):
 def test_configs_that_vllm_refuses(here):
     assert "desc_act=True" in variant(here, "gptq, ordered")["refused"]
     assert "vLLM knows no quantization method 'hqq'" in variant(here, "unknown")["refused"]
+
+
+def test_schemes_of_the_cache_that_vllm_refuses(here):
+    assert "num_bits=8, type=int" in variant(here, "cache of int8")["refused"]
+    assert "Invalid strategy" in variant(here, "cache by channel")["refused"]
+    assert variant(here, "cache")["refused"] is None
 
 
 def test_ranks_share_columns_and_rows(hopper):

@@ -11,6 +11,7 @@ Two halves that meet in one JSON message. This side reads files and knows the fo
     speeds.py     kernels that were measured to be slower than 16 bits
     variants.py   what could be changed
     layer_problems.py  what is wrong with one layer
+    loadable.py   what vLLM's loader made of the tensors, also at the start of a run
     findings.py   what it all means
     diagnosis.py  from a folder or a file of shapes to the findings; view.py shows them
 
@@ -23,6 +24,7 @@ because vLLM prints to standard output:
     fusing.py     the layers that vLLM's model makes of the checkpoint's modules
     building.py   vLLM's own linear layer of one shape, without memory
     experts.py    vLLM's own layer of experts, as the model's code builds it
+    loading.py    vLLM's model, given the checkpoint's tensors without memory for either
     hf_config.py  the config as vLLM reads it; quant_config.py the quantization_config
     attention.py  whether attention has heads of the model's size
     trace.py      what each kernel said when it was asked

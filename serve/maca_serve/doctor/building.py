@@ -88,19 +88,32 @@ def as_rank_of(
         dtype: what the model computes in.
         hf_config: vLLM's config object of the model, None where there is none.
     """
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import parallel_state
-
     # Only this is read while layers are built; a real one would need a model folder.
     text = hf_config.get_text_config() if hf_config is not None else None
     model = SimpleNamespace(dtype=dtype, hf_config=hf_config, hf_text_config=text)
     object.__setattr__(engine, "model_config", model)
+    with on_ranks(engine, tensor_parallel, dtype):
+        yield
+
+
+@contextmanager
+def on_ranks(engine: Any, tensor_parallel: int, dtype: torch.dtype) -> Iterator[None]:
+    """Let vLLM build what it builds on the meta device, as the first rank of no real group.
+
+    Args:
+        engine: a `VllmConfig`.
+        tensor_parallel: size of the group.
+        dtype: what the model computes in.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+
     group, alone = _group(tensor_parallel), _group(1)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with (
-            patch.multiple(parallel_state, _TP=group, _EP=group, _DP=alone, _PCP=alone),
+            patch.multiple(parallel_state, _TP=group, _EP=group, _DP=alone, _PCP=alone, _PP=alone),
             set_current_vllm_config(engine),
             torch.device("meta"),
         ):
@@ -112,7 +125,8 @@ def as_rank_of(
 def _group(size: int) -> Any:
     """What vLLM reads off a group of ranks, for the first of them."""
     devices = SimpleNamespace(size=lambda: size, rank=lambda: 0)
-    return SimpleNamespace(world_size=size, rank_in_group=0, device_group=devices)
+    place = {"rank_in_group": 0, "is_first_rank": True, "is_last_rank": size == 1}
+    return SimpleNamespace(world_size=size, device_group=devices, **place)
 
 
 def build(layer: Layer, config: dict[str, Any], quantization: Any) -> Any:

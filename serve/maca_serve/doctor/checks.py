@@ -182,9 +182,39 @@ def require_sound(folder: Path, config: dict[str, Any]) -> None:
     if not any(folder.glob("*.safetensors")):
         return
     tensors = read_headers(folder)
-    refuse_errors(folder, check(tensors, config.get("quantization_config") or {}))
-    if broken := not_finite(find_scales(tensors)):
-        raise UserError(f"{folder}: {broken[0]}: holds NaN or infinity: quantize again")
+    contents = check(tensors, config.get("quantization_config") or {})
+    contents.problems += finite_problems(tensors)
+    refuse_errors(folder, contents)
+
+
+def finite_problems(tensors: dict[str, Tensor]) -> list[Problem]:
+    """The finding about scales and norms that hold NaN or infinity, if any do."""
+    broken = not_finite(find_scales(tensors))
+    return [Problem("error", "holds NaN or infinity", "quantize again", broken)] if broken else []
+
+
+def planned_tensors(
+    sizes: dict[str, tuple[int, int]], quantization: dict[str, Any]
+) -> dict[str, tuple[str, list[int]]]:
+    """(type, shape) of the tensors that modules would have, by name.
+
+    Args:
+        sizes: (output features, input features) by module.
+        quantization: the `quantization_config`.
+    """
+    find = scheme_finder(quantization)
+    planned: dict[str, tuple[str, list[int]]] = {}
+    for module, (out, width) in sizes.items():
+        scheme = find(module) if find else None
+        if find is None or (scheme is not None and not known(scheme)):
+            continue
+        if scheme is None:
+            planned[f"{module}.weight"] = "BF16", [out, width]
+            continue
+        for suffix, tensor in expected(scheme, out, width).items():
+            if tensor.required:
+                planned[f"{module}.{suffix}"] = tensor.dtypes[0], list(tensor.shapes[0])
+    return planned
 
 
 def refuse_errors(folder: Path, contents: Contents) -> None:

@@ -10,8 +10,15 @@ from typing import Any
 from maca_serve.checkpoint import open_checkpoint
 from maca_serve.doctor import findings
 from maca_serve.doctor.asking import ask
-from maca_serve.doctor.checks import Contents, check, check_sizes
+from maca_serve.doctor.checks import (
+    Contents,
+    check,
+    check_sizes,
+    finite_problems,
+    planned_tensors,
+)
 from maca_serve.doctor.headers import read_headers
+from maca_serve.doctor.loadable import describe_tensors
 from maca_serve.doctor.variants import variants
 from maca_serve.errors import UserError
 from maca_serve.scheme import describe_scheme
@@ -24,12 +31,23 @@ _CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)a?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined: a checkpoint's config and what is known of its tensors."""
+    """What is examined: a checkpoint's config and what is known of its tensors.
+
+    Attributes:
+        name: what the user called it.
+        config: its config.json.
+        contents: what its headers say.
+        scheme: in words.
+        tensors: (safetensors' name of the type, shape) by name.
+        whole: whether these are all that it has.
+    """
 
     name: str
     config: dict[str, Any]
     contents: Contents
     scheme: str
+    tensors: dict[str, tuple[str, list[int]]]
+    whole: bool
 
 
 def diagnose(folder: str | Path, *, gpu: str | None = None, tensor_parallel: int = 1) -> Diagnosis:
@@ -70,6 +88,8 @@ def diagnose_cards(
         "config": subject.config,
         "sizes": subject.contents.sizes,
         "quantized": sorted(subject.contents.quantized),
+        "tensors": subject.tensors,
+        "whole": subject.whole,
         "capabilities": [None if gpu is None else parse_capability(gpu) for gpu in gpus],
         "tensor_parallel": tensor_parallel,
         "variants": variants(subject.config["quantization_config"], tensor_parallel),
@@ -88,8 +108,11 @@ def read_folder(folder: str | Path) -> Subject:
     """
     checkpoint = open_checkpoint(Path(folder))
     quantization = _quantization(checkpoint.config, str(folder))
-    contents = check(read_headers(checkpoint.path), quantization)
-    return Subject(str(folder), checkpoint.config, contents, checkpoint.scheme)
+    tensors = read_headers(checkpoint.path)
+    contents = check(tensors, quantization)
+    contents.problems += finite_problems(tensors)
+    described = describe_tensors(tensors)
+    return Subject(str(folder), checkpoint.config, contents, checkpoint.scheme, described, True)
 
 
 def read_shapes(file: str | Path) -> Subject:
@@ -104,7 +127,9 @@ def read_shapes(file: str | Path) -> Subject:
     """
     config, sizes = _read_sizes(Path(file))
     quantization = _quantization(config, f"{file}: config")
-    return Subject(str(file), config, check_sizes(sizes, quantization), describe_scheme(config))
+    contents = check_sizes(sizes, quantization)
+    planned = planned_tensors(sizes, quantization)
+    return Subject(str(file), config, contents, describe_scheme(config), planned, False)
 
 
 def parse_capability(text: str) -> int:

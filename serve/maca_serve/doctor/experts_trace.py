@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from maca_serve.doctor.simulation import Availability, packages_of_experts
-from maca_serve.doctor.trace import CANNOT_BE_ASKED, Recorder
+from maca_serve.doctor.trace import CANNOT_BE_ASKED, Recorder, say_yes
 
 _CLASSES_OF = "backend_to_kernel_cls"
 _REASON_AGAINST = "_backend_incompatibility_reason"
@@ -33,17 +33,44 @@ def recording_experts(recorder: Recorder, availability: Availability) -> Iterato
     with ExitStack() as stack, packages_of_experts(availability):
         watch = _watcher(recorder, stack)
         for oracle in oracles():
-            listings = {
-                name: function
-                for name, function in vars(oracle).items()
-                if name.endswith(_CLASSES_OF) and inspect.isfunction(function)
-            }
+            listings = _listings(oracle)
             for name, function in listings.items():
                 stack.enter_context(patch.object(oracle, name, watch(function)))
             if against := vars(oracle).get(_REASON_AGAINST):
                 explain = _explainer(recorder, against, listings[_CLASSES_OF])
                 stack.enter_context(patch.object(oracle, _REASON_AGAINST, explain))
         yield
+
+
+@contextmanager
+def accepting_experts() -> Iterator[None]:
+    """Let every class of experts that this platform's backends have say yes inside the block."""
+    with ExitStack() as stack:
+
+        def accept(listing: Callable[[Any], list[type]]) -> Any:
+            def list_classes(backend: Any) -> list[type]:
+                classes = listing(backend)
+                for experts in classes:
+                    stack.enter_context(patch.object(experts, _QUESTION, staticmethod(say_yes)))
+                return classes
+
+            return list_classes
+
+        for oracle in oracles():
+            for name, function in _listings(oracle).items():
+                stack.enter_context(patch.object(oracle, name, accept(function)))
+            if _REASON_AGAINST in vars(oracle):
+                stack.enter_context(patch.object(oracle, _REASON_AGAINST, lambda *_, **__: None))
+        yield
+
+
+def _listings(oracle: ModuleType) -> dict[str, Any]:
+    """An oracle's functions that list classes of experts."""
+    return {
+        name: function
+        for name, function in vars(oracle).items()
+        if name.endswith(_CLASSES_OF) and inspect.isfunction(function)
+    }
 
 
 def oracles() -> list[ModuleType]:

@@ -1,10 +1,13 @@
 """What vLLM's answers mean: does it load, what falls back, what to change."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from maca_serve.doctor.checks import Contents, Problem, heads_misfit
 from maca_serve.doctor.layer_problems import CHANGES, layer_problems
+from maca_serve.doctor.loadable import loading_problems
+from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.machine import describe_machine
 
 Entry = dict[str, Any]
@@ -43,6 +46,8 @@ def describe(
     for entry in layers:
         problems += layer_problems(entry, config, answer, here)
     problems += _stored_otherwise(layers, contents)
+    problems += _unlike(layers, config)
+    problems += _loading(answer, contents, problems)
     problems += _experts(answer)
     problems += _attention(answer)
     problems = _merge(problems)
@@ -66,7 +71,9 @@ def describe(
 def _complete(entry: Entry) -> Entry:
     if entry["error"]:
         # vLLM names the layer; the same error in another layer is the same error.
-        entry = {**entry, "error": _FOR_LAYER.sub("", entry["error"])}
+        error = _FOR_LAYER.sub("", entry["error"])
+        alike = error.replace(entry["layer"], _NUMBER.sub("*", entry["layer"]))
+        entry = {**entry, "error": alike}
     # A method that asks no list of kernels runs code of its own, named like the method.
     if entry["quantized"] and entry["kernel"] is None and not entry["error"]:
         entry = {**entry, "kernel": entry["scheme"], "own_code": True}
@@ -108,6 +115,42 @@ def _stored_otherwise(layers: list[Entry], contents: Contents) -> list[Problem]:
     return problems
 
 
+def _unlike(layers: list[Entry], config: dict[str, Any]) -> list[Problem]:
+    """vLLM takes the scheme of the first part for all of them."""
+    find = scheme_finder(config["quantization_config"])
+    problems: list[Problem] = []
+    if find is None:
+        return problems
+    for entry in layers:
+        schemes = [scheme for part in entry["parts"] if (scheme := find(part)) is not None]
+        if len({replace(scheme, actorder=None) for scheme in schemes}) > 1:
+            last = entry["layer"].rpartition(".")[2]
+            what = (
+                f"{last} fuses modules of unlike schemes, and vLLM reads all as the first of them"
+            )
+            cure = f"quantize {_last_names(entry['parts'])} alike"
+            problems.append(Problem("error", what, cure, entry["parts"]))
+    return problems
+
+
+def _loading(answer: Entry, contents: Contents, known: list[Problem]) -> list[Problem]:
+    """What vLLM's loader said, but for what other findings say better."""
+    found = answer.get("loading")
+    errors = [problem for problem in known if problem.severity == "error"]
+    if not found or (found["unasked"] and errors):
+        return []
+    if found["unasked"]:
+        severity = "warning" if _simulated(answer) else "error"
+        what = f"vLLM's model cannot be built here, so no tensor was tried: {found['unasked']}"
+        return [Problem(severity, what, "ask in an environment in which vLLM can serve it")]
+    explained = {module for problem in errors for module in problem.modules}
+    problems = list(loading_problems(found, contents.quantized, explained))
+    if found["attention"] and not _simulated(answer):
+        what = f"vLLM's attention cannot run it here: {found['attention']}"
+        problems.append(Problem("error", what, "serve it on another kind of device"))
+    return problems
+
+
 def _experts(answer: Entry) -> list[Problem]:
     what = "experts run in vLLM's fused mixture-of-experts kernels, which were not asked: "
     unasked = answer.get("unasked_experts", [])
@@ -141,7 +184,9 @@ def _merge(problems: list[Problem]) -> list[Problem]:
     for problem in problems:
         key = (problem.severity, problem.what, problem.cure)
         same = merged.setdefault(key, Problem(*key))
-        same.modules += problem.modules
+        same.modules += [
+            name for name in dict.fromkeys(problem.modules) if name not in same.modules
+        ]
     order = ("error", "warning", "note")
     return sorted(merged.values(), key=lambda problem: order.index(problem.severity))
 
@@ -193,4 +238,5 @@ def _simulated(answer: Entry) -> bool:
 
 
 def _last_names(modules: list[str]) -> str:
-    return ", ".join(module.rpartition(".")[2] for module in modules)
+    names = (module.rpartition(".")[2] for module in modules)
+    return ", ".join(dict.fromkeys(names))

@@ -21,6 +21,16 @@ def read_config(config: dict[str, Any]) -> Any:
     from vllm.transformers_utils.config import get_config
 
     with tempfile.TemporaryDirectory() as folder:
-        content = {key: value for key, value in config.items() if key != _REMOTE_CODE}
-        (Path(folder) / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        write_config(config, Path(folder))
         return get_config(folder, trust_remote_code=False)
+
+
+def write_config(config: dict[str, Any], folder: Path) -> None:
+    """Write a config.json without its remote code.
+
+    Args:
+        config: its content.
+        folder: where to.
+    """
+    content = {key: value for key, value in config.items() if key != _REMOTE_CODE}
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")

@@ -69,6 +69,7 @@ def refusal(quantization: Any, config: dict[str, Any], dtype: torch.dtype) -> st
         method = quant_method(quantization, config)
         current_platform.verify_quantization(method)
         parsed = get_quantization_config(method).from_config(copy.deepcopy(quantization))
+        _check_cache(quantization)
     except Exception as error:  # whatever it raises is the reason
         return one_line(error)
     capability = capability_of(current_platform)
@@ -78,6 +79,16 @@ def refusal(quantization: Any, config: dict[str, Any], dtype: torch.dtype) -> st
     if dtype not in parsed.get_supported_act_dtypes():
         return f"{method} does not compute in {dtype}"
     return None
+
+
+def _check_cache(quantization: dict[str, Any]) -> None:
+    """Let vLLM refuse a scheme of the key-value cache, as it does where attention is built."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsKVCacheMethod,
+    )
+
+    if quantization.get("quant_method") == "compressed-tensors":
+        CompressedTensorsKVCacheMethod.validate_kv_cache_scheme(quantization.get("kv_cache_scheme"))
 
 
 def capability_of(platform: Any) -> int | None:

@@ -7,11 +7,17 @@ from pathlib import Path
 from safetensors import safe_open
 
 from maca_serve.doctor.headers import Tensor
+from maca_serve.doctor.layouts import FLOATS
 
 
 def find_scales(tensors: dict[str, Tensor]) -> list[Tensor]:
-    """Tensors of a folder that hold scales, in whichever format's name for them."""
-    return [tensor for tensor in tensors.values() if "scale" in tensor.name.rpartition(".")[2]]
+    """Tensors of a folder that hold scales, in whichever format's name for them, or norms."""
+    return [
+        tensor
+        for tensor in tensors.values()
+        if "scale" in tensor.name.rpartition(".")[2]
+        or (len(tensor.shape) <= 1 and tensor.dtype in FLOATS)
+    ]
 
 
 def not_finite(scales: Iterable[Tensor]) -> list[str]:

@@ -14,6 +14,7 @@ from maca_serve.doctor.experts_trace import recording_experts
 from maca_serve.doctor.forking import in_a_fork
 from maca_serve.doctor.fusing import Layer, adopt_fusions, fuse, model_class
 from maca_serve.doctor.hf_config import read_config
+from maca_serve.doctor.loading import try_loading
 from maca_serve.doctor.operators import missing_ops
 from maca_serve.doctor.quant_config import capability_of, parse, refusal
 from maca_serve.doctor.simulation import (
@@ -38,10 +39,13 @@ def answer(question: dict[str, Any]) -> Answer:
     from vllm.model_executor.kernels import linear  # noqa: F401  (before the platform changes)
 
     # All that vLLM imports or computes once is done on the platform that it was built for.
-    chooser, unasked = None, None
+    chooser, unasked, loading = None, None, None
     try:
         model = model_class(question["config"]["architectures"])
         chooser = _Chooser(question, model)
+        if question.get("tensors"):
+            # Of this machine's platform, whatever card is asked about: the tensors are the same.
+            loading = try_loading(question["config"], question["tensors"], whole=question["whole"])
     except Exception as error:  # a class that does not import here may on the target
         unasked = one_line(error)
 
@@ -49,7 +53,8 @@ def answer(question: dict[str, Any]) -> Answer:
         simulated, target = _become(wanted, question["tensor_parallel"])
         brought = WITH_CUDA if target["compiled_code_assumed"] else frozenset()
         found = {"refused": None} if chooser is None else chooser.answer(simulated, brought)
-        return {"vllm": vllm.__version__, "target": target, "unasked": unasked, **found}
+        about_all = {"vllm": vllm.__version__, "unasked": unasked, "loading": loading}
+        return {**about_all, "target": target, **found}
 
     wanted = question["capabilities"]
     if len(wanted) == 1:

@@ -1,9 +1,10 @@
 """What each of vLLM's kernels said when it was asked whether it can run a layer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 from maca_serve.doctor.simulation import Availability
 
@@ -132,6 +133,22 @@ class Recorder:
         seen = any(name == kernel for name, _, _ in self.trace.refused)
         if self.trace.chosen is None and not seen:
             self.trace.refused.append((kernel, " ".join(reason.split()), needs))
+
+
+@contextmanager
+def accepting() -> Iterator[None]:
+    """Let every kernel of vLLM's lists say yes inside the block."""
+    with ExitStack() as stack:
+        for kernel in kernels():
+            for name in QUESTIONS[1:]:
+                if hasattr(kernel, name):
+                    stack.enter_context(patch.object(kernel, name, staticmethod(say_yes)))
+        yield
+
+
+def say_yes(*_: Any, **__: Any) -> tuple[bool, None]:
+    """A kernel's answer to each question but the one about its capability."""
+    return True, None
 
 
 def kernels() -> list[type]:

@@ -47,8 +47,7 @@ def endings(diagnosis: dict[str, Any]) -> Iterator[str]:
     """What stands below the table: refused kernels, problems, changes that would help."""
     yield from _refusals(diagnosis["layers"])
     for problem in diagnosis["problems"]:
-        where = f" ({problem['modules'][0]}{_more(problem['count'])})" if problem["modules"] else ""
-        yield f"{_MARKS[problem['severity']]}: {problem['what']}{where}"
+        yield f"{_MARKS[problem['severity']]}: {problem['what']}{_where(problem)}"
         if problem["cure"]:
             yield f"    -> {problem['cure']}"
     if diagnosis["changes"]:
@@ -56,6 +55,18 @@ def endings(diagnosis: dict[str, Any]) -> Iterator[str]:
     for change in diagnosis["changes"]:
         kernels = ", ".join(_short(kernel) for kernel in change["kernels"])
         yield f"    {change['change']}: {kernels or 'with the package'}"
+
+
+def in_one_line(problem: dict[str, Any]) -> str:
+    """A problem of a diagnosis with its cure."""
+    cure = f": {problem['cure']}" if problem["cure"] else ""
+    return f"{problem['what']}{_where(problem)}{cure}"
+
+
+def _where(problem: dict[str, Any]) -> str:
+    if not problem["modules"]:
+        return ""
+    return f" ({problem['modules'][0]}{_more(problem['count'])})"
 
 
 def _refusals(layers: list[dict[str, Any]]) -> Iterator[str]:

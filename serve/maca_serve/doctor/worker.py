@@ -10,11 +10,18 @@ prints goes to stderr. The question:
     tensor_parallel size of the tensor-parallel group
     variants        [{"change", "quantization_config", "tensor_parallel", "dtype"}] to try as well
 
+    tensors         {name: [type, shape]} of the checkpoint, or of one that is planned
+    whole           whether these are all that it has
+
 Variants are tried on one layer of each look. The answer is {"answers": [one for each card]}, for
 which vLLM is imported once. Each has `vllm`, `target`, `unasked` (why the model's layers are not
 known, or null), `refused` (why vLLM would not even start, or null), `layers`, one entry for each of
 vLLM's layers, `unasked_experts` ([{"reason", "modules"}]), `attention` (see
-`maca_serve.doctor.attention`, null where not asked), and `variants`, with the layers of each.
+`maca_serve.doctor.attention`, null where not asked), `loading` (see `maca_serve.doctor.loading`,
+null where there were no tensors), and `variants`, with the layers of each.
+
+A question {"load": [{"config", "tensors"}]} is about the tensors of whole checkpoints only; its
+answer is {"loaded": [as `loading`]}.
 """
 
 import json
@@ -36,11 +43,18 @@ def main() -> None:
         os.environ.setdefault(name, value)
     import torch
 
+    torch.set_num_threads(1)  # more would be missing in a fork
+    json.dump(_answer(json.load(sys.stdin)), answers)
+    answers.flush()
+
+
+def _answer(question: Answer) -> Answer:
+    from maca_serve.doctor.loading import try_loading
     from maca_serve.doctor.selection import answer
 
-    torch.set_num_threads(1)  # more would be missing in a fork
-    json.dump(answer(json.load(sys.stdin)), answers)
-    answers.flush()
+    if "load" in question:
+        return {"loaded": [try_loading(one["config"], one["tensors"]) for one in question["load"]]}
+    return answer(question)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from maca_serve.doctor.headers import Tensor
-from maca_serve.doctor.scales import find_scales, not_finite
 from maca_serve.enginelog import find_experts, find_kernels, find_weights_memory, name_experts
 
 PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
@@ -77,21 +75,6 @@ def check_kernel(lines: list[str], layers: list[dict[str, Any]] | None) -> Check
 def _named(layer: dict[str, Any]) -> str:
     """A layer's kernel as vLLM's log names it."""
     return name_experts(layer["backend"]) if layer["backend"] else str(layer["kernel"])
-
-
-def check_scales(tensors: dict[str, Tensor]) -> Check:
-    """Whether every scale in the files is a number.
-
-    Args:
-        tensors: the folder's headers.
-    """
-    name = "scales"
-    scales = find_scales(tensors)
-    if not scales:
-        return not_checked(name, "the files hold none")
-    bad = not_finite(scales)
-    found = f"{len(bad)} of {len(scales)} hold NaN or infinity, first {bad[0]}" if bad else ""
-    return held(name, not bad, found or f"{len(scales)} tensors", "all finite", bad=len(bad))
 
 
 def check_memory(lines: list[str], promised: int, ranks: int = 1) -> Check:

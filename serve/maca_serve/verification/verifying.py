@@ -9,10 +9,13 @@ import torch
 from maca_serve.checkpoint import Checkpoint, open_checkpoint, require_same_model
 from maca_serve.console import progress
 from maca_serve.doctor import diagnose
+from maca_serve.doctor.checks import require_sound
 from maca_serve.doctor.headers import read_headers
+from maca_serve.doctor.loadable import require_loadable
+from maca_serve.doctor.view import in_one_line
 from maca_serve.engine import Engine
 from maca_serve.enginelog import find_dtype
-from maca_serve.errors import BrokenAnswerError
+from maca_serve.errors import BrokenAnswerError, UserError
 from maca_serve.fit import fit
 from maca_serve.machine import describe_machine, require_vllm, versions
 from maca_serve.ranks import Ranks, check_ranks
@@ -22,7 +25,6 @@ from maca_serve.verification.checks import (
     Check,
     check_kernel,
     check_memory,
-    check_scales,
     held,
     not_checked,
 )
@@ -50,8 +52,8 @@ def verify(
         "found", "limit", "numbers"}], "versions", "machine"}.
 
     Raises:
-        UserError: no checkpoint, unreadable files, a base that was not quantized to this, or ranks
-            that do not divide the model.
+        UserError: no checkpoint, unreadable or damaged files, what the doctor says vLLM would not
+            load, a base that was not quantized to this, or ranks that do not divide the model.
         EngineError: vLLM did not start, or died.
     """
     version = require_vllm()
@@ -60,11 +62,15 @@ def verify(
     ranks = Ranks(tensor=tensor_parallel)
     check_ranks(checkpoint, ranks)
     prompts = make_prompts(checkpoint)
-    layers = _diagnose(checkpoint, ranks) if checkpoint.quantized else None
+    require_sound(checkpoint.path, checkpoint.config)
+    if checkpoint.quantized:
+        layers = _diagnose(checkpoint, ranks)
+    else:
+        require_loadable([checkpoint])
+        layers = None
     run = _run_engine(checkpoint, version, prompts, ranks)
     checks = [check_kernel(run.log, layers)]
     checks.append(check_memory(run.log, _loaded_bytes(checkpoint), ranks.count))
-    checks.append(check_scales(read_headers(checkpoint.path)))
     if run.answers is None:
         checks += [Check("finite", FAIL, run.broken), not_checked("agreement", run.broken)]
     else:
@@ -105,7 +111,12 @@ def _open_base(checkpoint: Checkpoint, base: str | Path | None) -> Checkpoint | 
 
 
 def _diagnose(checkpoint: Checkpoint, ranks: Ranks) -> list[dict[str, Any]]:
-    layers: list[dict[str, Any]] = diagnose(checkpoint.path, tensor_parallel=ranks.tensor)["layers"]
+    """The doctor's layers; raises UserError for its first error."""
+    diagnosis = diagnose(checkpoint.path, tensor_parallel=ranks.tensor)
+    for problem in diagnosis["problems"]:
+        if problem["severity"] == "error":
+            raise UserError(f"{checkpoint.path}: {in_one_line(problem)}")
+    layers: list[dict[str, Any]] = diagnosis["layers"]
     return layers
 
 
