@@ -7,6 +7,7 @@ import torch
 from compressed_tensors.quantization import disable_quantization
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
 from tiny import loader, random_sequences
@@ -272,7 +273,10 @@ def test_routed_tokens_of_a_padded_batch_are_refused(tiny_model):
         )
 
 
-def test_a_hessian_that_is_not_positive_definite_gets_more_dampening_and_is_named(tiny_model):
+@pytest.mark.parametrize("dampening", [0.01, 0.0, None])
+def test_a_hessian_that_is_not_positive_definite_gets_more_dampening_and_is_named(
+    tiny_model, dampening
+):
     model, said = tiny_model("llama"), []
 
     def spoil(model, hessians, counts):
@@ -282,7 +286,7 @@ def test_a_hessian_that_is_not_positive_definite_gets_more_dampening_and_is_name
                 hessian.copy_(torch.eye(len(hessian)))
                 hessian[0, 1] = hessian[1, 0] = 1.05  # an eigenvalue of -0.05
 
-    modifier = WatchedMaCa(**SCHEME)
+    modifier = WatchedMaCa(**SCHEME, dampening_frac=dampening)
     before = weights_of(model) | {
         n: m.weight.clone() for n, m in model.named_modules() if n.endswith("q_proj")
     }
@@ -292,9 +296,12 @@ def test_a_hessian_that_is_not_positive_definite_gets_more_dampening_and_is_name
     finally:
         logger.remove(handle)
     spoiled = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv"]
-    assert modifier.raised_dampening == dict.fromkeys(spoiled, 0.1)
+    raised = modifier.raised_dampening
+    assert {name: raised[name] for name in spoiled} == dict.fromkeys(spoiled, pytest.approx(0.1))
     (warning,) = [message for message in said if "positive definite" in message]
-    assert "3 of 14 modules" in warning and "q_proj (0.1)" in warning
+    assert "q_proj (0.1)" in warning and f"with dampening {dampening or 0:g} and got" in warning
+    if dampening:
+        assert raised.keys() == set(spoiled) and "3 of 14 modules" in warning
     assert not torch.equal(model.get_submodule(spoiled[0]).weight, before[spoiled[0]])
 
 
@@ -401,6 +408,105 @@ def test_nested_refuses_models_whose_prefixes_differ(tiny_model):
     model.config.rope_parameters["rope_type"] = "dynamic"
     with pytest.raises(ValueError, match="remove nested_scales"):
         run(model, MaCaModifier(**SCHEME, nested_scales=[8]), loader(random_sequences([16])))
+
+
+INT4 = SCHEME["config_groups"]["group_0"]
+ONLY_READ_BY_THE_COMMAND = {
+    "ordering by group": ({"actorder": "group"}, r"actorder='group' has been removed"),
+    "an ignored name that is none": ({"ignore": ["lm_haed"]}, "ignores 'lm_haed', which is no mod"),
+    "a group left with nothing": (
+        {"config_groups": SCHEME["config_groups"] | {"g": INT4 | {"targets": ["re:.*router"]}}},
+        "g has nothing to quantize",
+    ),
+    "two groups of one Linear": (
+        {"config_groups": {"f": INT4, "g": INT4}},
+        "f and g both target 'Linear'",
+    ),
+    "embeddings": (
+        {"config_groups": {"g": INT4 | {"targets": ["Linear", "Embedding"]}}},
+        r"quantizes model\.embed_tokens, an embedding",
+    ),
+    "bits that nothing reads": (
+        {"config_groups": {"g": INT4 | {"weights": {"num_bits": 9, "strategy": "channel"}}}},
+        "weights of 9 bits",
+    ),
+    "group size": (
+        {"config_groups": {"g": INT4 | {"weights": {"num_bits": 4, "group_size": 64}}}},
+        r"group size 64 does not divide .*: 32, 16 would",
+    ),
+    "group size, llm-compressor's check off": (
+        {
+            "config_groups": {"g": INT4 | {"weights": {"num_bits": 4, "group_size": 64}}},
+            "bypass_divisibility_checks": True,
+        },
+        r"group size 64 does not divide .*: 32, 16 would",
+    ),
+    "scales that are rounded when written": (
+        {"config_groups": {"g": INT4 | {"weights": INT4["weights"] | {"type": "float"}}}},
+        "would be written with other values",
+    ),
+    "a cache that nothing reads": (
+        {"kv_cache_scheme": {"num_bits": 8, "type": "int", "strategy": "tensor"}},
+        "kv_cache_scheme: vLLM reads",
+    ),
+    "an ignored attention": (
+        {
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+            "ignore": ["lm_head", "re:.*self_attn.*"],
+        },
+        "quantizes the KV cache and ignores",
+    ),
+    "an observer that there is not": ({"weight_observer": "mean"}, "no observer 'mean'"),
+    "the head, by GPTAQ": ({"ignore": [], "gptaq_alpha": 0.5}, "within decoder layers"),
+}
+
+
+@pytest.mark.parametrize("case", ONLY_READ_BY_THE_COMMAND)
+def test_plain_oneshot_refuses_what_the_command_refuses(tiny_model, case):
+    fields, says = ONLY_READ_BY_THE_COMMAND[case]
+    data = loader(random_sequences([16]))
+    with pytest.raises(ValueError, match=says):
+        run(tiny_model("llama"), MaCaModifier(**SCHEME | fields), data)
+
+
+def test_plain_oneshot_refuses_a_tied_head(tiny_model):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="lm_head, which is the input embedding, too"):
+        run(model, MaCaModifier(**SCHEME | {"ignore": []}), loader(random_sequences([16])))
+
+
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        ([GPTQModifier(**SCHEME)], "is quantized by MaCaModifier and by GPTQModifier"),
+        ([MaCaModifier(**SCHEME)], "has MaCaModifier 2 times"),
+        ([SmoothQuantModifier()], "SmoothQuantModifier would change what is quantized by then"),
+    ],
+)
+def test_plain_oneshot_refuses_modifiers_that_do_not_go_together(tiny_model, others, says):
+    with pytest.raises(ValueError, match=says):
+        run(tiny_model("llama"), [MaCaModifier(**SCHEME), *others], loader(random_sequences([16])))
+
+
+def test_plain_oneshot_names_fused_parts_that_differ(tiny_model):
+    said = []
+    handle = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    try:
+        modifier = MaCaModifier(**SCHEME | {"ignore": ["lm_head", "re:.*v_proj"]})
+        run(tiny_model("llama"), modifier, loader(random_sequences([16])))
+    finally:
+        logger.remove(handle)
+    (message,) = [message for message in said if "vLLM makes one" in message]
+    assert message.startswith("q_proj, k_proj, v_proj of model.layers.0.self_attn have different")
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_scales_are_negative_only_where_they_may_be(tiny_model, signed):
+    model = tiny_model("llama")
+    modifier = MaCaModifier(**SCHEME, **({} if signed else {"signed_scales": False}))
+    run(model, modifier, loader(random_sequences(LENGTHS)))
+    scales = [m.weight_scale for m in model.modules() if hasattr(m, "weight_scale")]
+    assert len(scales) == 14 and any(bool((scale < 0).any()) for scale in scales) == signed
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,24 @@ BROKEN = {
         r"unknown field 'lenght_exponent' of GPTQModifier: is it 'length_exponent'",
     ),
     "field of the other modifier": (VALID + "      length_exponent: 1\n", r"'length_exponent'"),
+    "a field of those that quantize": (
+        "a_stage: {b_modifiers: {AWQModifier: {config_groups: {}}}}",
+        r"unknown field 'config_groups' of AWQModifier: it is a field of MaCaModifier: give it th",
+    ),
+    "unknown field of a scheme": (
+        VALID.replace(
+            "scheme: W4A16",
+            "config_groups: {g: {targets: [Linear], weights: {num_bit: 4}}}",
+        ),
+        r"unknown field 'config_groups\.g\.weights\.num_bit' .*: is it 'num_bits'",
+    ),
+    "floats that there are not": (
+        VALID.replace(
+            "scheme: W4A16",
+            "config_groups: {g: {targets: [Linear], weights: {num_bits: 6, type: float}}}",
+        ),
+        r"Only num_bits in \(8\)",
+    ),
     "wrong value": (
         VALID + "      block_size: many\n",
         r"GPTQModifier: block_size 'many': .*integer",

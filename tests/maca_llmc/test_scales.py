@@ -100,6 +100,15 @@ def test_the_sign_gives_the_larger_side_the_code_more():
     assert mirrored.item() == -scales.item()
 
 
+def test_unsigned_scales_are_positive_and_the_best_of_those(weight, costs, energies):
+    signed, _ = search_scales(weight, costs, energies, W3)
+    unsigned, zero_points = search_scales(weight, costs, energies, W3, signed=False)
+    assert (signed < 0).any() and (unsigned > 0).all() and not zero_points.any()
+    cost = _Cost.of(weight.float().unflatten(1, (-1, 32)), costs.view(-1, 32), energies)
+    kept = signed > 0
+    assert torch.equal(cost(signed, zero_points, W3)[kept], cost(unsigned, zero_points, W3)[kept])
+
+
 def test_a_group_of_zeros_has_a_scale():
     scales, zero_points = search_scales(torch.zeros(2, 64), torch.ones(64), torch.zeros(2), W3)
     assert scales.isfinite().all() and (scales != 0).all() and not zero_points.any()

@@ -144,3 +144,87 @@ def test_dividing_group_sizes(widths, expected):
 def test_schemes_in_words(fields, expected):
     arguments = {name: QuantizationArgs(**value) for name, value in fields.items()}
     assert describe_scheme(QuantizationScheme(targets=["Linear"], **arguments)) == expected
+
+
+FLOAT = {"num_bits": 8, "type": "float"}
+REFUSED = {
+    "embeddings": (
+        {"targets": ["Linear", "Embedding"]},
+        r"quantizes model\.embed_tokens, an embedding, which is not done here: take it out of the "
+        r"targets, or add model\.embed_tokens to",
+    ),
+    "everything": ({"targets": ["re:.*"]}, r"quantizes model\.embed_tokens, an embedding"),
+    "MXFP4 without its scale_dtype": (
+        {"weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}},
+        r"group_0 would be written with other values .* scale_dtype",
+    ),
+    "static outputs": (
+        {"output_activations": {"num_bits": 8, "strategy": "tensor"}},
+        "group_0 has output_activations, whose scales are not calibrated here: leave them out",
+    ),
+    "dynamic outputs": (
+        {"output_activations": {"num_bits": 8, "strategy": "tensor", "dynamic": True}},
+        "group_0 has output_activations",
+    ),
+    "dynamic weights": (
+        {"weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "dynamic": True}},
+        "group_0 has weights with dynamic: true, which leaves nothing to compute: leave it out",
+    ),
+    "integers by tensor": (
+        {"weights": {"num_bits": 4, "strategy": "tensor"}},
+        "group_0 has integers by tensor: vLLM reads integer weights by group or channel, use st",
+    ),
+    "integers by block": (
+        {"weights": {"num_bits": 8, "strategy": "block", "block_structure": [16, 16]}},
+        "group_0 has integers by block: ",
+    ),
+    "blocks wider than inputs": (
+        {"weights": FLOAT | {"strategy": "block", "block_structure": [16, 64]}},
+        r"blocks of 16 x 64 do not divide model\.layers\.0\.mlp\.down_proj \(64 x 96\): vLLM",
+    ),
+    "blocks over two parts": (
+        {"weights": FLOAT | {"strategy": "block", "block_structure": [64, 32]}},
+        r"blocks of 64 x 32 do not divide model\.layers\.0\.self_attn\.k_proj \(32 x 64\)",
+    ),
+    "inputs alone": (
+        {"weights": None, "input_activations": FLOAT | {"strategy": "tensor"}},
+        "MaCaModifier quantizes nothing: give it a scheme for weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_schemes_that_would_be_wrong_or_are_read_by_nothing_are_refused(case):
+    changes, says = REFUSED[case]
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
+    quantizing = MaCaModifier(config_groups={"group_0": group | changes}, ignore=["lm_head"])
+    with pytest.raises(UserError, match=says):
+        check_schemes(quantizing, shapes("llama"))
+
+
+def test_a_group_without_weights_beside_others_is_refused():
+    inputs = FLOAT | {"strategy": "tensor"}
+    groups = {
+        "group_0": {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 4, "strategy": "channel"}},
+        "group_1": {"targets": ["re:.*self_attn$"], "input_activations": inputs},
+    }
+    with pytest.raises(UserError, match="group_1 has no weights, and vLLM reads no group without"):
+        check_schemes(MaCaModifier(config_groups=groups), shapes("llama"))
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+def test_kv_caches_that_vllm_reads_are_taken(strategy):
+    cache = FLOAT | {"strategy": strategy, "symmetric": True}
+    check_schemes(modifier(32, kv_cache_scheme=cache), shapes("llama"))
+
+
+def test_blocks_need_not_divide_the_rows_of_last_parts():
+    weights = FLOAT | {"strategy": "block", "block_structure": [32, 32]}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    quantizing = MaCaModifier(config_groups=groups, ignore=["lm_head"])
+    check_schemes(quantizing, shapes("llama", num_key_value_heads=2))
+    model = shapes("llama", hidden_size=96, head_dim=24, num_key_value_heads=1)  # 24 rows
+    with pytest.raises(UserError, match=r"divide .*k_proj \(24 x 96\)"):
+        check_schemes(quantizing, model)
+    groups["group_0"]["targets"] = ["re:.*(v|o|gate|up|down)_proj"]
+    check_schemes(MaCaModifier(config_groups=groups), model)

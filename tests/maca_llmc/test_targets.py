@@ -1,6 +1,7 @@
 """What targets and ignored entries name, and what is refused of them."""
 
 import pytest
+from loguru import logger
 from tiny import tiny_config
 
 from maca_llmc import MaCaModifier, models
@@ -184,8 +185,42 @@ def test_a_quantized_cache_needs_its_attention():
             "q_proj, k_proj, v_proj of model.layers.1.self_attn",
         ),
         ([["Linear"]], ["re:.*up_proj"], "gate_proj, up_proj of model.layers.0.mlp"),
+        ([["Linear"]], ["re:.*layers.1.*"], None),
     ],
 )
 def test_linears_that_vllm_fuses_and_that_differ_are_named(targets, ignore, unlike):
     quantizing = modifier(*targets, ignore=["lm_head", *ignore])
     assert unlike_siblings([quantizing], shapes("llama")) == unlike
+
+
+@pytest.mark.parametrize(
+    ("ignore", "unlike"),
+    [
+        ([], None),
+        (["re:.*experts.*"], None),
+        (["re:.*experts.*down_proj"], "parts of model.layers.0.mlp.experts"),
+        (["re:.*1.mlp.experts.3.*"], "parts of model.layers.1.mlp.experts"),
+    ],
+)
+def test_experts_that_differ_are_named(ignore, unlike):
+    quantizing = modifier(ignore=["lm_head", "re:.*gate$", *ignore])
+    assert unlike_siblings([quantizing], shapes("qwen3_moe")) == unlike
+
+
+def test_the_end_of_a_name_is_answered_with_the_expression_for_it():
+    model, cure = shapes("llama"), r"which is no module .*: write 're:\.\*q_proj\$'$"
+    with pytest.raises(UserError, match="targets 'q_proj', " + cure):
+        check_targets(modifier(["q_proj", "Linear"]), model)
+    with pytest.raises(UserError, match="ignores 'q_proj', " + cure):
+        check_targets(modifier(ignore=["lm_head", "q_proj"]), model)
+    assert len(check_targets(modifier(["re:.*q_proj$"]), model)) == 2
+
+
+def test_an_expression_that_ignores_nothing_is_said():
+    said = []
+    handle = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
+    try:
+        check_targets(modifier(ignore=["lm_head", "re:lmhead"]), shapes("llama"))
+    finally:
+        logger.remove(handle)
+    assert said == ["the recipe ignores 're:lmhead', which matches nothing in the model"]
