@@ -49,22 +49,34 @@ def lock_folder(folder: Path) -> Iterator[None]:
         UserError: another run has it.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
+    file = folder / ".lock"
+    lock = FileLock(file, timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout:
+        own = _identity(file)
+    except (Timeout, FileNotFoundError):  # the latter where a run that ends has just removed it
+        lock.release()
         raise UserError(
             f"--output: {folder} is in use by another run; wait for it or give another folder"
         ) from None
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held; filelock would leave it
+        # While it is held: whoever opened it before sees then that it is gone. Another's stays,
+        # where the folder was removed and made again meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if _identity(file) == own:
+                file.unlink()
         lock.release()
         with contextlib.suppress(OSError):  # not empty
             for place in made:
                 place.rmdir()
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_dev, found.st_ino
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,8 +1,18 @@
 import json
+import shutil
+import subprocess
+import sys
 
+import filelock
 import pytest
 from maca_serve.errors import UserError
-from maca_serve.results import check_output, write_json, write_measured, write_text
+from maca_serve.results import (
+    check_output,
+    lock_folder,
+    write_json,
+    write_measured,
+    write_text,
+)
 
 
 def test_written_whole_in_folders_made_for_it(tmp_path):
@@ -69,3 +79,65 @@ def test_outputs_that_cannot_be(tmp_path):
     check_output(tmp_path / "new" / "x.json")
     check_output(tmp_path, folder=True)
     check_output(None)
+
+
+def test_one_run_to_a_folder(tmp_path):
+    folder = tmp_path / "a" / "out"
+    with lock_folder(folder):
+        with pytest.raises(UserError, match="out is in use by another run"), lock_folder(folder):
+            pass
+        assert (folder / ".lock").is_file(), "the one that is refused removes nothing"
+    assert list(tmp_path.iterdir()) == [], "what was made for the lock"
+    with lock_folder(folder):
+        (folder / "results.json").touch()
+    assert [file.name for file in folder.iterdir()] == ["results.json"]
+
+
+def test_a_lock_of_another_run_stays(tmp_path):
+    folder = tmp_path / "out"
+    with lock_folder(folder):
+        shutil.rmtree(folder)
+        other = lock_folder(folder)
+        other.__enter__()
+    with pytest.raises(UserError, match="in use by another run"), lock_folder(folder):
+        pass
+    other.__exit__(None, None, None)
+
+
+def test_a_folder_that_goes_away_is_one_line(tmp_path, monkeypatch):
+    def gone(lock):
+        raise FileNotFoundError(lock.lock_file)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", gone)
+    with pytest.raises(UserError, match="in use by another run"), lock_folder(tmp_path / "out"):
+        pass
+
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from maca_serve.errors import UserError
+from maca_serve.results import lock_folder
+folder, end, held = Path(sys.argv[1]) / "out", time.monotonic() + 3, 0
+while time.monotonic() < end:
+    try:
+        with lock_folder(folder):
+            os.close(os.open(sys.argv[1] + "/inside", os.O_CREAT | os.O_EXCL))
+            os.unlink(sys.argv[1] + "/inside")
+            held += 1
+    except UserError:
+        pass
+print(held)
+"""
+
+
+def test_no_two_runs_hold_one_folder(tmp_path):
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    held = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0, 0]
+    assert sum(map(int, held)) > 100
