@@ -10,22 +10,34 @@ from typing import Any
 import torch
 import transformers
 from compressed_tensors.quantization.utils import is_module_quantized
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.utils import cached_file
 
-from maca_llmc import smollm2
+from maca_llmc import base_weights, smollm2
 from maca_llmc.errors import UserError
-from maca_llmc.llmcompressor_api import loading_separate_experts, patch_attr, separate_experts
+from maca_llmc.llmcompressor_api import (
+    keep_expert_names,
+    loading_separate_experts,
+    patch_attr,
+    separate_experts,
+)
 from maca_llmc.progress import reading_progress
 
 READ_AT_ONCE = 2**22
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "audio_tokenizer_config.json",
+    "chat_template.json",
+)
 
 
 def resolve_model(model: str) -> str:
@@ -60,18 +72,7 @@ def check_folder(folder: Path) -> None:
             f"model folder {folder} has no safetensors weights: save the model with "
             "`save_pretrained` (pickled weights are not read)"
         )
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_header(path)
-
-
-def _check_header(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is cut short or damaged ({error}): download it or make it again"
-        ) from None
+    base_weights.read_headers(str(folder))
 
 
 def read_config(source: str) -> Any:
@@ -86,12 +87,19 @@ def read_config(source: str) -> Any:
 def load_config(source: str) -> Any:
     """The configuration of an unquantized model.
 
-    :raises UserError: when it cannot be read, or says that the model is quantized already
+    :raises UserError: when it cannot be read, or it or the weights say that the model is quantized
+        already
     """
     config = read_config(source)
-    if getattr(config, "quantization_config", None) is not None:
+    if _is_quantized(config):
         raise UserError(f"model {source} is quantized already: give the unquantized one")
+    base_weights.check_unquantized(source, base_weights.read_headers(source))
     return config
+
+
+def _is_quantized(config: Any) -> bool:
+    parts = (config, config.get_text_config())
+    return any(getattr(part, "quantization_config", None) is not None for part in parts)
 
 
 def weights_identity(source: str, config: Any) -> str:
@@ -136,37 +144,45 @@ def load_model(source: str, config: Any, dtype: Any = "auto", **extra: Any) -> A
     llm-compressor moves one layer at a time to the device, so the model may be larger than it.
 
     :param extra: passed on to ``from_pretrained``
-    :raises UserError: when its weights cannot be read, or some are not there: transformers would
-        make them up
+    :raises UserError: when its weights cannot be read, are quantized, or are NaN or infinite; when
+        some are not there or of other sizes: transformers would make them up
     """
     model_class = model_class_of(config)
     with (
         _readable(source),
-        noting_missing(model_class) as missing,
+        noting_findings(model_class) as found,
         loading_separate_experts(model_class, config.model_type),
     ):
         model = model_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **extra)
-    if missing and getattr(config, "quantization_config", None) is None:
-        raise UserError(
-            f"model {source} lacks {len(missing)} weights of {model_class.__name__}, first "
-            f"{min(missing)}: complete it, or mend the architectures of its config.json"
-        )
+    base_weights.refuse_sizes(source, found["mismatched_keys"])
+    if not _is_quantized(config):
+        if missing := found["missing_keys"]:
+            raise UserError(
+                f"model {source} lacks {len(missing)} weights of {model_class.__name__}, first "
+                f"{min(missing)}: complete it, or mend the architectures of its config.json"
+            )
+        # again: a hub model's files were not there before
+        base_weights.check_unquantized(source, base_weights.read_headers(source))
+        base_weights.check_finite(source, model)
+    keep_expert_names(model)
     return model.eval()
 
 
 @contextmanager
-def noting_missing(model_class: Any) -> Iterator[set[str]]:
-    """While open, note which weights a model that is loaded has not found."""
+def noting_findings(model_class: Any) -> Iterator[dict[str, set[Any]]]:
+    """While open, note which weights a model that is loaded has not found, or of other sizes."""
     original = model_class.from_pretrained
-    missing: set[str] = set()
+    noted: dict[str, set[Any]] = {"missing_keys": set(), "mismatched_keys": set()}
 
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
-        model, found = original(*args, output_loading_info=True, **kwargs)
-        missing.update(found["missing_keys"])
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = original(*args, **options, **kwargs)
+        for kind, names in noted.items():
+            names.update(found[kind])
         return model
 
     with patch_attr(model_class, "from_pretrained", from_pretrained):
-        yield missing
+        yield noted
 
 
 def save_model(model: Any, folder: Path) -> None:
@@ -175,7 +191,8 @@ def save_model(model: Any, folder: Path) -> None:
     llm-compressor writes what is not quantized under the checkpoint's names, which vLLM reads.
     transformers looks for its own names: where they differ (a vision tower), both are listed.
     What the base model says of generation is passed on as it is: some of it (a temperature beside
-    ``do_sample: false``) transformers reads and would not write.
+    ``do_sample: false``) transformers reads and would not write. Draft layers that are not there
+    are no longer promised.
     """
     with patch_attr(GenerationConfig, "validate", lambda *_, **__: None):
         model.save_pretrained(folder)
@@ -189,6 +206,8 @@ def save_model(model: Any, folder: Path) -> None:
         and not is_module_quantized(module)
         and name not in ignored
     ]
+    if not base_weights.draft_tensors(base_weights.read_headers(str(folder)), model.config):
+        base_weights.forget_draft_layers(config)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -213,19 +232,19 @@ def context_length(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_processor(source: str, tokenizer: Any) -> Any:
-    """The processor of a multimodal model; ``tokenizer`` for a model that has none.
+def processor_files(source: str) -> list[Path]:
+    """What a multimodal model has for its processor; nothing for a text model.
 
-    :raises UserError: when it needs a package that is not installed
+    They are copied: loading them takes packages (torchvision, PyAV) that text has no use for.
+
+    :raises UserError: when the hub cannot be asked for them
     """
-    try:
-        return AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError):  # no preprocessor files: a text model, or one stripped of them
-        return tokenizer
-    except ImportError as error:
-        raise UserError(
-            f"the processor of {source} cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+    with _readable(source):
+        found = [
+            cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            for name in PROCESSOR_FILES
+        ]
+    return [Path(path) for path in found if path is not None]
 
 
 @contextmanager

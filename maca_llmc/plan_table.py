@@ -29,6 +29,8 @@ def _modules(plan: dict[str, Any]) -> Table:
     for entry in plan["unquantized"]:
         why = f"not: {entry['why']} (first: {entry['first']})"
         table.add_row(str(entry["modules"]), _count(entry["parameters"]), why)
+    for name, tensors in plan["dropped"].items():
+        table.add_row("", "", f"left out: draft layers {name} ({tensors} tensors)")
     return table
 
 

@@ -14,6 +14,7 @@ from compressed_tensors.quantization import QuantizationScheme, QuantizationStra
 from maca_llmc.ask_doctor import ask_kernels
 from maca_llmc.containers import CONTAINER_BITS
 from maca_llmc.data.calibration import batches_of_equal_length
+from maca_llmc.device import available_memory
 from maca_llmc.distinct_inputs import distinct_inputs, forward_flops
 from maca_llmc.full_precision import asymmetric_modifiers, forward_passes
 from maca_llmc.hessian import ROWS_AT_ONCE
@@ -55,9 +56,9 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
     for its kernels, which takes about a minute. Sizes are in bytes, times in seconds, and both are
     estimates.
 
-    :return: JSON-able: ``modules`` per scheme, ``unquantized`` with reasons, ``hessians``,
-        ``calibration``, ``flops``, ``seconds``, ``memory``, ``checkpoint_bytes``, ``state_bytes``,
-        ``kernels``
+    :return: JSON-able: ``modules`` per scheme, ``unquantized`` with reasons, ``dropped``,
+        ``hessians``, ``calibration``, ``flops``, ``seconds``, ``memory``, ``checkpoint_bytes``,
+        ``state_bytes``, ``kernels``
     :raises UserError: for what ``quantize`` refuses before it loads the model
     """
     tell("planning: a few seconds of trials, then the serve environment's kernels (a minute)")
@@ -70,6 +71,7 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
     return {
         "modules": quantized_modules(run),
         "unquantized": unquantized_modules(run),
+        "dropped": run.draft_layers,
         "hessians": {
             "modules": len(targeted(run)),
             "distinct": len(solves),
@@ -216,7 +218,7 @@ def estimate_memory(run: Run, solves: list[Solve]) -> dict[str, int]:
     )
     hidden = sum(lengths) * kept_width(run, solves) * size
     weights = _bytes(run.shapes)
-    free = psutil.virtual_memory().available
+    free = available_memory()
     limit = max(free - weights, 0) // 2 if run.cache_bytes is None else run.cache_bytes
     there = hidden if run.hidden_place.type != "cpu" else 0
     held = min(hidden - there, limit)

@@ -1,15 +1,17 @@
 """Finding, checking and loading the model to quantize."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny_model, tiny_tokenizer
+from tiny import save_tiny_model
 from transformers import AutoProcessor
 
 from maca_llmc import models, smollm2
+from maca_llmc.base_weights import check_sizes, read_headers
 from maca_llmc.errors import UserError
 
 
@@ -116,20 +118,97 @@ def test_a_multimodal_checkpoint_keeps_all_its_parts(tiny_models):
     assert models.context_length(config) == 512
 
 
-def test_a_text_model_has_no_processor_but_its_tokenizer(tiny_models):
-    tokenizer = tiny_tokenizer()
-    source = str(tiny_models("llama", num_hidden_layers=1))
-    found = models.load_processor(source, tokenizer)
-    assert found is tokenizer or type(found) is type(models.load_tokenizer(source))
+def test_processor_files_are_found_and_not_loaded(tiny_models, monkeypatch):
+    """Loading those of Qwen-VL takes torchvision, which text has no use for."""
+
+    def load(*_, **__):
+        raise ImportError("requires the torchvision library")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", load)
+    files = models.processor_files(str(tiny_models("gemma3")))
+    assert [file.name for file in files] == ["preprocessor_config.json"]
+    assert models.processor_files(str(tiny_models("llama", num_hidden_layers=1))) == []
 
 
-def test_a_processor_that_needs_a_missing_package_is_refused(monkeypatch):
-    def missing(source):
-        raise ImportError("Processor requires the\nPyAV library")
+def changed(folder, change):
+    """Change the tensors of a model's folder."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return str(folder)
 
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
-    with pytest.raises(UserError, match=r"of org/m cannot be loaded: .*requires the PyAV library"):
-        models.load_processor("org/m", None)
+
+LAST = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("name", [LAST, "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_weights_that_are_not_finite_are_refused(copy, name, value):
+    """Also those that are only copied."""
+    source = changed(copy, lambda tensors: tensors[name].view(-1)[3:5].fill_(value))
+    with pytest.raises(UserError, match=rf"2 of \d+ numbers in {name} are infinite or NaN"):
+        models.load_model(source, models.load_config(source))
+
+
+def test_weights_that_the_dtype_cannot_hold_are_refused(copy):
+    source = changed(copy, lambda tensors: tensors[LAST].view(-1)[0].fill_(1e6))
+    with pytest.raises(UserError, match=r"1 of .* numbers in .* are infinite or NaN as float16"):
+        models.load_model(source, models.load_config(source), torch.float16)
+
+
+QUANTIZED = {
+    "float8 with scales": {LAST: torch.float8_e4m3fn, LAST + "_scale_inv": torch.float32},
+    "float8 alone": {LAST: torch.float8_e5m2},
+    "left-over scales": {LAST + "_scale_inv": torch.float32},
+    "compressed-tensors": {LAST + "_packed": torch.int32},
+    "AWQ": {LAST.replace("weight", "qweight"): torch.int32},
+    "bitsandbytes": {LAST: torch.int8, LAST.replace("weight", "SCB"): torch.float32},
+    "bitsandbytes 4-bit": {LAST + ".absmax": torch.float32},
+    "MXFP4": {"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.uint8},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_weights_are_refused_whatever_the_configuration_says(copy, kind):
+    made = {name: torch.zeros(4, 4).to(dtype) for name, dtype in QUANTIZED[kind].items()}
+    source = changed(copy, lambda tensors: tensors.update(made))
+    with pytest.raises(UserError, match=r"is quantized .*config.json has no quant") as caught:
+        models.load_config(source)
+    assert "\n" not in str(caught.value) and any(name in str(caught.value) for name in made)
+
+
+def test_a_text_part_that_is_quantized_is_refused(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models("gemma3"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is quantized already: give the unquantized one"):
+        models.load_config(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "name"),
+    [
+        ("llama", "vocab_size", "(lm_head|model.embed_tokens).weight"),
+        ("llama", "intermediate_size", "model.layers.0.mlp.down_proj.weight"),
+        ("qwen3_moe", "moe_intermediate_size", "model.layers.0.mlp.experts.0.down_proj.weight"),
+    ],
+)
+def test_sizes_that_differ_are_named(tiny_models, tmp_path, family, size, name):
+    """When loading, too: there a checkpoint's names are the model's."""
+    folder = shutil.copytree(tiny_models(family, num_hidden_layers=1), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config[size] += 8
+    (folder / "config.json").write_text(json.dumps(config))
+    source = str(folder)
+    config = models.load_config(source)
+    for check in (
+        lambda: check_sizes(source, read_headers(source), models.meta_model(config)),
+        lambda: models.load_model(source, config),
+    ):
+        with pytest.raises(UserError, match=rf"{name} is \d+ x \d+ and config.json asks for \d+"):
+            check()
 
 
 def test_weights_that_are_not_there_are_not_made_up(tiny_models, tmp_path):

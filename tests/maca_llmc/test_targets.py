@@ -138,6 +138,11 @@ def test_widths_are_of_what_is_left_to_quantize():
     [
         ("llama", ["lm_head"]),
         ("qwen3_moe", ["lm_head", r"re:.*mlp\.gate$"]),
+        ("qwen2_moe", ["lm_head", r"re:.*mlp\.gate$", r"re:.*\.shared_expert_gate$"]),
+        ("hunyuan_v1_moe", ["lm_head", r"re:.*mlp\.gate$", r"re:.*mlp\.gate\.wg$"]),
+        ("phimoe", ["lm_head", "re:.*router.*"]),
+        ("gemma4_text", ["lm_head", "model.per_layer_model_projection"]),
+        ("jamba", ["lm_head", "re:.*router.*", r"re:.*\.mamba\.(in|x|dt|out)_proj$"]),
     ],
 )
 def test_what_is_left_alone_by_default(family, expected):

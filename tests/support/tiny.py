@@ -43,6 +43,68 @@ FAMILIES = {
     "qwen3": {},
     "gemma3_text": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3_moe": MOE,
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 32},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16},
+    "lfm2_moe": MOE
+    | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0, "conv_L_cache": 3},
+    "deepseek_v3": MOE
+    | {
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    },
+    "qwen3_next": MOE
+    | {
+        "shared_expert_intermediate_size": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    "jamba": {
+        "num_experts": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_d_conv": 4,
+        "use_mamba_kernels": False,
+    },
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 32,
+        "laurel_rank": 8,
+    },
+    "gemma4_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 32,
+        "global_head_dim": 16,
+    },
+    "llama4_text": MOE
+    | {
+        "num_local_experts": 4,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 64,
+    },
 }
 
 
