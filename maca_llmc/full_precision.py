@@ -16,6 +16,7 @@ import torch
 from maca_llmc.errors import CalibrationError
 from maca_llmc.hidden_states import HiddenStates
 from maca_llmc.llmcompressor_api import active_session
+from maca_llmc.shared_inputs import Input, changed_in_place
 from maca_llmc.transforms import smoothers
 
 STAGES = 4
@@ -57,10 +58,10 @@ class FullStream:
         schemes = {module: getattr(module, "quantization_scheme", None) for module in names}
         # attention has a scheme without weights where the KV cache is quantized
         targets = [module for module, scheme in schemes.items() if scheme and scheme.weights]
-        received: list[tuple[torch.nn.Module, torch.Tensor]] = []
+        received: list[tuple[torch.nn.Module, Input]] = []
 
         def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            received.append((module, args[0]))
+            received.append((module, Input(args[0])))
 
         hooks = [module.register_forward_pre_hook(watch) for module in targets if capture]
         try:
@@ -99,18 +100,20 @@ class FullStream:
     def _keep(
         self,
         number: int,
-        received: list[tuple[torch.nn.Module, torch.Tensor]],
+        received: list[tuple[torch.nn.Module, Input]],
         names: dict[torch.nn.Module, str],
     ) -> None:
         inputs: dict[int, int] = {}  # all of them are alive: an id is an identity
-        for module, tensor in received:
-            index = inputs.setdefault(id(tensor), len(inputs))
+        for module, given in received:
+            if given.is_changed:
+                raise changed_in_place(names[module])
+            index = inputs.setdefault(id(given.tensor), len(inputs))
             if self._input_of.setdefault(module, index) != index:
                 raise CalibrationError(
                     f"{names[module]} is not called alike in every batch (routed experts?): "
                     "set gptaq_alpha: 0"
                 )
-            self._states.put(_key(index, number), tensor)
+            self._states.put(_key(index, number), given.tensor)
 
 
 def stages(input_of: dict[torch.nn.Module, int], names: dict[torch.nn.Module, str]) -> list[Stage]:

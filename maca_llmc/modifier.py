@@ -32,7 +32,7 @@ from maca_llmc.ranks import agree_on_groups, agree_on_scale, broadcast_followers
 from maca_llmc.scales import search_scales
 from maca_llmc.schemes import check_order, check_schemes
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
-from maca_llmc.shared_inputs import Group, Input, SharedInputs
+from maca_llmc.shared_inputs import Group, Input, SharedInputs, changed_in_place
 from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
 from maca_llmc.stacks import cut_batches, quantize_stacks, row_stacks
 from maca_llmc.targets import UNFUSED, check_overlap, unlike_siblings
@@ -353,6 +353,8 @@ class MaCaModifier(GPTQModifier):
         return Moments.onto(empty_hessian(module), asymmetric=self.gptaq_alpha > 0)
 
     def _add_input(self, modules: list[torch.nn.Module], moments: Moments, given: Input) -> None:
+        if given.is_changed:
+            raise changed_in_place(self._module_names[modules[0]])
         layout, full = given.context
         tokens = module_tokens(modules[0], given.tensor)
         if full is not None:  # side by side, so that they are split alike

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 import torch
 from loguru import logger
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from maca_llmc.device import compute_on, fast_linears
+from maca_llmc.errors import CalibrationError
 from maca_llmc.faults import is_out_of_memory
 from maca_llmc.full_precision import FullStream, asymmetric_modifiers
 from maca_llmc.hidden_states import HiddenStates
@@ -37,6 +38,7 @@ from maca_llmc.llmcompressor_api import (
     onload_device,
     patch_attr,
 )
+from maca_llmc.shared_inputs import version_of
 from maca_llmc.transforms import keeping_function, smoothers, transforms
 from maca_llmc.written import check_set, mark_unset
 
@@ -181,8 +183,16 @@ class Batches:
             active_session().state.current_batch_idx = number
             args, kwargs = move(by_layer[index], self.device)
             key = f"{stream}{number}"
+            # a copy: it is needed again, and a layer may write to its input
+            hidden = self.hidden.get(key).to(self.device, copy=True)
+            before = _versions(by_layer[index])
             with fast_linears(self.device):
-                output = layer(self.hidden.get(key).to(self.device), *args, **kwargs)
+                output = layer(hidden, *args, **kwargs)
+            if _versions(by_layer[index]) != before:
+                raise CalibrationError(
+                    f"layer {index} writes in place to a mask or another argument, which is needed "
+                    "again: have the model make a new tensor there"
+                )
             output = output[0] if isinstance(output, tuple) else output
             yield key, output
 
@@ -240,6 +250,10 @@ def calibrate(
             for _ in batches.outputs(layer, index):
                 pass  # what counts is what hooks see
         LifecycleCallbacks.sequential_epoch_end(stage)
+
+
+def _versions(call: Call) -> list[int | None]:
+    return [version_of(leaf) for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)]
 
 
 def check_targets(model: torch.nn.Module, layers: list[torch.nn.Module]) -> None:

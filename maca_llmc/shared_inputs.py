@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from maca_llmc.errors import CalibrationError
+
 Statistic = TypeVar("Statistic")
 
 
@@ -25,6 +27,16 @@ class Input:
 
     tensor: torch.Tensor
     context: Any = None
+    version: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note what the tensor is now."""
+        object.__setattr__(self, "version", version_of(self.tensor))
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the tensor was written to since the module received it."""
+        return version_of(self.tensor) != self.version
 
 
 @dataclass(eq=False)
@@ -138,6 +150,19 @@ class SharedInputs(Generic[Statistic]):
         self._add(group.members, group.statistic, given)
 
 
+def changed_in_place(name: str) -> CalibrationError:
+    """What to raise where the input of a module is no longer what it received."""
+    return CalibrationError(
+        f"the input of {name} is written to in place before all modules have received it, so that "
+        "they cannot be told apart: have the model make a new tensor there"
+    )
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often a tensor, or what it is a view of, was written to in place; None where untold."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors that are both alive are the same memory, read the same way."""
     return one is other or _address(one) == _address(other)
@@ -145,8 +170,8 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _address(tensor: torch.Tensor) -> Hashable:
     where = id(tensor) if tensor.is_meta else tensor.data_ptr()
-    version = None if tensor.is_inference() else tensor._version
-    return where, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, version
+    kind = tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+    return where, *kind, version_of(tensor)
 
 
 def _identity(tensor: torch.Tensor, module: torch.nn.Module) -> Hashable:

@@ -202,3 +202,44 @@ def test_what_a_device_reports_is_not_taken_for_a_kind_of_model(fault):
     with pytest.raises(fault, match="CUDA error"):
         data = loader(random_sequences([8]))
         record_batches(model, list(model.layers), data, (CPU, CPU), HiddenStates())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+def test_a_layer_may_write_to_its_input(tiny_model, alpha):
+    """What it writes to is needed again, to pass it on behind the quantized layer."""
+    found = []
+    for double in (lambda hidden: hidden * 2, lambda hidden: hidden.mul_(2)):
+        model = tiny_model("llama")
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(
+                lambda _, args, double=double: (double(args[0]), *args[1:])
+            )
+        found.append(calibrate(model, loader(random_sequences(LENGTHS)), NAME, gptaq_alpha=alpha))
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 14
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_layer_that_writes_to_what_all_batches_share_is_refused(tiny_model):
+    model = tiny_model("llama")
+
+    def write(_module, _args, kwargs):
+        kwargs["position_embeddings"][0].mul_(1)
+
+    model.model.layers[1].register_forward_pre_hook(write, with_kwargs=True)
+    with pytest.raises(CalibrationError, match="layer 1 writes in place to a mask or another arg"):
+        calibrate(model, loader(random_sequences(LENGTHS)), NAME)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25])
+def test_an_input_that_changes_between_its_modules_is_refused(tiny_model, alpha):
+    model = tiny_model("llama")
+    calls = []
+
+    def write(_module, args):
+        calls.append(args)
+        if len(calls) > 1:  # in the first batch those who share an input are found
+            args[0].mul_(1)
+
+    model.model.layers[0].self_attn.k_proj.register_forward_pre_hook(write)
+    with pytest.raises(CalibrationError, match=r"q_proj is written to in place before all modules"):
+        calibrate(model, loader(random_sequences(LENGTHS)), NAME, gptaq_alpha=alpha)

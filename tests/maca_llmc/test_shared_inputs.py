@@ -65,6 +65,20 @@ def test_a_tensor_changed_in_place_is_another_input():
     assert members_of(shared.take()) == [[q], [k]]
 
 
+def test_an_input_that_waits_knows_when_it_is_changed():
+    q, k = modules(2)
+    seen = []
+    shared = SharedInputs(lambda m: [], lambda m, s, given: seen.append(given.is_changed), list)
+    for change in (False, True):
+        tensor = torch.randn(2, 4)
+        shared.receive(q, Input(tensor))
+        if change:
+            tensor += 1
+        shared.receive(k, Input(tensor))
+    shared.take()
+    assert seen == [False, True]
+
+
 def test_memory_used_again_is_another_input():
     q, k = modules(2)
     shared = lists_of_inputs()
