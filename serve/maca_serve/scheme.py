@@ -2,6 +2,13 @@
 
 from typing import Any
 
+# Formats whose scales are not what the arguments of a float scheme alone would say.
+_NAMES = {
+    "mxfp4-pack-quantized": "MXFP4 (scales are powers of two)",
+    "mxfp8-quantized": "MXFP8 (scales are powers of two)",
+    "nvfp4-pack-quantized": "NVFP4",
+}
+
 
 def describe_scheme(config: dict[str, Any]) -> str:
     """Describe `quantization_config`, e.g. `W4A16 int, group 64, symmetric`.
@@ -18,7 +25,8 @@ def describe_scheme(config: dict[str, Any]) -> str:
     if quantization.get("quant_method") != "compressed-tensors":
         return _describe_other(quantization)
     groups = quantization.get("config_groups") or {}
-    found = [_describe_group(group) for group in groups.values() if isinstance(group, dict)]
+    default = quantization.get("format")
+    found = [_describe_group(g, default) for g in groups.values() if isinstance(g, dict)]
     return " + ".join(dict.fromkeys(found)) or "compressed-tensors without groups"
 
 
@@ -34,12 +42,13 @@ def shorten_dtype(name: str) -> str:
     return {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}.get(name, str(name))
 
 
-def _describe_group(group: dict[str, Any]) -> str:
+def _describe_group(group: dict[str, Any], default_format: str | None) -> str:
+    form = str(group.get("format") or default_format)
     weights = group.get("weights") or {}
     activations = group.get("input_activations") or {}
     parts = [
         f"W{weights.get('num_bits', 16)}A{activations.get('num_bits', 16)}"
-        f" {weights.get('type', 'int')}",
+        f" {_NAMES.get(form) or weights.get('type', 'int')}",
         _describe_granularity(weights),
         "symmetric" if weights.get("symmetric", True) else "asymmetric",
     ]

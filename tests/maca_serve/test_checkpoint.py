@@ -17,6 +17,9 @@ W8A8 = {
 W4 = {"weights": {"num_bits": 4, "group_size": 128, "strategy": "group", "symmetric": False}}
 
 
+FOUR = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+
+
 def compressed(**groups):
     return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
 
@@ -36,6 +39,11 @@ def compressed(**groups):
             "W4A16 int, group 128, asymmetric"
             " + W8A8 int, channel, symmetric, dynamic activations per token",
         ),
+        (
+            compressed(a={"weights": FOUR, "format": "mxfp4-pack-quantized"}),
+            "W4A16 MXFP4 (scales are powers of two), group 32, symmetric",
+        ),
+        (compressed(a={"weights": FOUR}), "W4A16 float, group 32, symmetric"),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
             "gptq 4-bit, group 128",

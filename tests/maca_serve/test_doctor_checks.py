@@ -63,6 +63,11 @@ def test_what_is_wrong_with_a_module(tensor, says):
     assert any(says in what for what in found), found
 
 
+def test_one_scale_for_packed_codes_is_as_the_config_says():
+    by_tensor = config(strategy="tensor", group_size=None)
+    assert complaints({**GOOD, **SIZE, "up__weight_scale": ("BF16", 1)}, by_tensor) == []
+
+
 def test_missing_tensors():
     assert complaints(GOOD, config()) == ["weight_shape is missing"]
     only_scale = {"up__weight_scale": ("BF16", 8, 2)}

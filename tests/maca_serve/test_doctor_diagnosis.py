@@ -4,6 +4,8 @@ import sys
 import pytest
 from maca_serve.doctor import asking, diagnosis
 from maca_serve.errors import EngineError, UserError
+from packed import write_int8
+from safetensors.torch import load_file, save_file
 
 MODEL = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
@@ -131,3 +133,40 @@ def test_a_worker_that_dies_is_reported_with_its_cause(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(broken))
     with pytest.raises(EngineError, match="could not be asked: ImportError: no CUDA here"):
         asking.ask({})
+
+
+def test_values_of_scales_are_read(tmp_path):
+    write_int8(tmp_path / "w8")
+    file = tmp_path / "w8" / "model.safetensors"
+    tensors = load_file(file)
+    scale, other = (f"model.layers.0.mlp.{part}_proj.weight_scale" for part in ("up", "down"))
+    tensors[scale][3] = float("inf")
+    tensors[other][3] *= -1
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    contents = diagnosis.read_folder(tmp_path / "w8").contents
+    (problem,) = contents.problems
+    assert problem.what == "holds NaN or infinity"
+    assert sorted(problem.modules) == [scale, "model.norm.weight"]
+    assert contents.signed == {"model.layers.0.mlp.down_proj"}
+
+
+def test_a_plan_has_tensors_for_vllm_to_load(tmp_path, asked):
+    inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"a": group},
+    }
+    layers = {"model.up_proj": [128, 64], "lm_head": [100, 64]}
+    config = {**MODEL, "quantization_config": quantization}
+    diagnose_shapes(write(tmp_path, {"config": config, "layers": layers}))
+    assert asked[0]["tensors"] == {
+        "model.up_proj.weight": ("I8", [128, 64]),
+        "model.up_proj.weight_scale": ("BF16", [128, 1]),
+        "lm_head.weight": ("BF16", [100, 64]),
+    }
+    assert asked[0]["whole"] is False

@@ -300,3 +300,75 @@ def test_what_plain_vllm_would_make_of_4_bit_weights_on_this_cpu(kernel, flags, 
     assert said == (
         [f"with {by} plain `vllm serve` would round activations to 8 bits"] if by else []
     )
+
+
+NO_SCHEME = (
+    "NotImplementedError: No compressed-tensors compatible scheme was found for"
+    " layer_name='{}', weight_quant=QuantizationArgs(num_bits=4)"
+)
+
+
+def test_one_finding_for_all_layers_that_have_no_scheme():
+    names = [f"model.layers.{i}.{part}" for i in range(3) for part in ("o_proj", "down_proj")]
+    layers = [entry(name, kernel=None, error=NO_SCHEME.format(name)) for name in names]
+    (problem,) = [p for p in diagnose(*layers)["problems"] if "no code" in p["what"]]
+    assert problem["count"] == 6
+    what = "vLLM has no code for weights of 4 bits (int, one scale per group) alone"
+    assert problem["what"] == what
+
+
+def test_an_error_that_names_its_layer_is_said_once():
+    names = [f"model.layers.{i}.o_proj" for i in range(3)]
+    layers = [entry(name, kernel=None, error=f"ValueError: {name} is odd") for name in names]
+    (problem,) = [p for p in diagnose(*layers)["problems"] if "odd" in p["what"]]
+    assert problem["count"] == 3 and problem["what"] == "ValueError: model.layers.*.o_proj is odd"
+
+
+def test_fused_parts_of_unlike_schemes():
+    groups = {"a": {**GROUP, "targets": ["re:.*v_proj"], "weights": {**WEIGHTS, "group_size": 32}}}
+    quantization = CONFIG["quantization_config"] | {"config_groups": {**groups, "b": GROUP}}
+    config = CONFIG | {"quantization_config": quantization}
+    parts = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    fused = entry("model.layers.0.self_attn.qkv_proj", parts=parts)
+    whats = [p["what"] for p in diagnose(fused, config=config)["problems"]]
+    assert "qkv_proj fuses modules of unlike schemes, and vLLM reads all as the first" in whats
+    assert not any("unlike" in p["what"] for p in diagnose(fused)["problems"])
+
+
+FOUND = {"unasked": None, "refused": [], "missing": [], "cut": [], "attention": None}
+
+
+def test_what_the_loader_lacks_is_an_error():
+    missing = [f"model.layers.1.{name}" for name in ("a.weight", "a.weight_scale")]
+    found = diagnose(entry(), loading=FOUND | {"missing": missing})
+    (problem,) = [p for p in found["problems"] if "lack it" in p["what"]]
+    assert problem["count"] == 2 and found["verdict"] == "does not load"
+
+
+def test_a_model_that_cannot_be_built_here():
+    loading = FOUND | {"unasked": "ValueError: odd"}
+    config = CONFIG | {"num_attention_heads": 8}
+    elsewhere = diagnose(entry(), config=config, loading=loading)
+    assert elsewhere["problems"][-1]["severity"] == "warning" and elsewhere["verdict"] == "loads"
+    here = diagnose(entry(), config=config, loading=loading, simulated=False)
+    assert here["verdict"] == "does not load" and "odd" in here["problems"][0]["what"]
+
+
+def signed(kernel, form="pack-quantized"):
+    layer = entry(kernel=kernel)
+    quantization = CONFIG["quantization_config"] | {"format": form}
+    config = CONFIG | {"num_attention_heads": 8, "quantization_config": quantization}
+    contents = Contents({}, set(layer["parts"]), [], signed=set(layer["parts"]))
+    found = describe("dir", "W4A16", config, contents, answer(layer))["problems"]
+    return [p for p in found if "negative" in p["what"]]
+
+
+def test_kernels_that_take_no_negative_scales(monkeypatch):
+    monkeypatch.delenv("VLLM_MARLIN_INPUT_DTYPE", raising=False)
+    assert signed("MacheteLinearKernel") == []
+    (note,) = signed("MarlinLinearKernel")
+    assert note["severity"] == "note" and "VLLM_MARLIN_INPUT_DTYPE" in note["what"]
+    monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
+    assert signed("MarlinExperts")[0]["severity"] == "error"
+    (error,) = signed("MarlinNvFp4LinearKernel", "nvfp4-pack-quantized")
+    assert error["severity"] == "error" and "signed_scales" in error["cure"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from maca_serve.doctor.headers import Tensor, read_headers, read_integers
 from maca_serve.doctor.layouts import Expected, Scheme, expected, known, module_size, words
-from maca_serve.doctor.scales import find_scales, not_finite
+from maca_serve.doctor.scales import find_scales, read_values
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.errors import UserError
 
@@ -53,11 +53,13 @@ class Contents:
         sizes: (output features, input features) of every module with a matrix, by name.
         quantized: names of those that are stored quantized.
         problems: tensors that disagree with the config.
+        signed: names of quantized modules with negative scales.
     """
 
     sizes: dict[str, tuple[int, int]]
     quantized: set[str]
     problems: list[Problem]
+    signed: set[str] = field(default_factory=set)
 
 
 def check(tensors: dict[str, Tensor], quantization: dict[str, Any]) -> Contents:
@@ -183,14 +185,23 @@ def require_sound(folder: Path, config: dict[str, Any]) -> None:
         return
     tensors = read_headers(folder)
     contents = check(tensors, config.get("quantization_config") or {})
-    contents.problems += finite_problems(tensors)
+    check_values(contents, tensors)
     refuse_errors(folder, contents)
 
 
-def finite_problems(tensors: dict[str, Tensor]) -> list[Problem]:
-    """The finding about scales and norms that hold NaN or infinity, if any do."""
-    broken = not_finite(find_scales(tensors))
-    return [Problem("error", "holds NaN or infinity", "quantize again", broken)] if broken else []
+def check_values(contents: Contents, tensors: dict[str, Tensor]) -> None:
+    """Read scales and norms, and add to the contents what they say.
+
+    Args:
+        contents: from `check`.
+        tensors: the folder's headers.
+    """
+    values = read_values(find_scales(tensors))
+    if values.broken:
+        what = Problem("error", "holds NaN or infinity", "quantize again", values.broken)
+        contents.problems.append(what)
+    modules = {name.rpartition(".")[0] for name in values.negative}
+    contents.signed = modules & contents.quantized
 
 
 def planned_tensors(

@@ -14,7 +14,7 @@ from maca_serve.doctor.checks import (
     Contents,
     check,
     check_sizes,
-    finite_problems,
+    check_values,
     planned_tensors,
 )
 from maca_serve.doctor.headers import read_headers
@@ -110,7 +110,7 @@ def read_folder(folder: str | Path) -> Subject:
     quantization = _quantization(checkpoint.config, str(folder))
     tensors = read_headers(checkpoint.path)
     contents = check(tensors, quantization)
-    contents.problems += finite_problems(tensors)
+    check_values(contents, tensors)
     described = describe_tensors(tensors)
     return Subject(str(folder), checkpoint.config, contents, checkpoint.scheme, described, True)
 

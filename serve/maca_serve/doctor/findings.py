@@ -8,6 +8,7 @@ from maca_serve.doctor.checks import Contents, Problem, heads_misfit
 from maca_serve.doctor.layer_problems import CHANGES, layer_problems
 from maca_serve.doctor.loadable import loading_problems
 from maca_serve.doctor.schemes import scheme_finder
+from maca_serve.doctor.traps import wants_positive
 from maca_serve.machine import describe_machine
 
 Entry = dict[str, Any]
@@ -47,6 +48,7 @@ def describe(
         problems += layer_problems(entry, config, answer, here)
     problems += _stored_otherwise(layers, contents)
     problems += _unlike(layers, config)
+    problems += _signed(layers, contents, config)
     problems += _loading(answer, contents, problems)
     problems += _experts(answer)
     problems += _attention(answer)
@@ -125,11 +127,20 @@ def _unlike(layers: list[Entry], config: dict[str, Any]) -> list[Problem]:
         schemes = [scheme for part in entry["parts"] if (scheme := find(part)) is not None]
         if len({replace(scheme, actorder=None) for scheme in schemes}) > 1:
             last = entry["layer"].rpartition(".")[2]
-            what = (
-                f"{last} fuses modules of unlike schemes, and vLLM reads all as the first of them"
-            )
+            what = f"{last} fuses modules of unlike schemes, and vLLM reads all as the first"
             cure = f"quantize {_last_names(entry['parts'])} alike"
             problems.append(Problem("error", what, cure, entry["parts"]))
+    return problems
+
+
+def _signed(layers: list[Entry], contents: Contents, config: dict[str, Any]) -> list[Problem]:
+    find = scheme_finder(config["quantization_config"])
+    problems: list[Problem] = []
+    for entry in layers:
+        signed = [part for part in entry["parts"] if part in contents.signed]
+        scheme = find(signed[0]) if find and signed else None
+        if scheme and entry["kernel"] and (trap := wants_positive(entry["kernel"], scheme, signed)):
+            problems.append(trap)
     return problems
 
 

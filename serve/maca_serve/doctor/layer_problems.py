@@ -20,6 +20,8 @@ from maca_serve.doctor.traps import (
 Entry = dict[str, Any]
 # To be replaced where no change that was tried helps.
 CHANGES = "make one of the changes below"
+# So vLLM says that it has no code, with all arguments after it.
+_NO_SCHEME = "No compressed-tensors compatible scheme was found"
 # So vLLM's experts classes say what they are not for.
 _OTHER_DEVICE = "does not support current device"
 
@@ -38,7 +40,7 @@ def layer_problems(
     if not entry["quantized"]:
         return []
     return [
-        *_of_kernel(entry, answer, here),
+        *_of_kernel(entry, config, answer, here),
         *_of_compiled_code(entry, answer, here),
         *_of_second_choices(entry, config),
         *_of_scheme(entry, config),
@@ -51,10 +53,12 @@ def packages_in_words(needs: list[str]) -> str:
     return ", ".join(PACKAGES[name] for name in needs)
 
 
-def _of_kernel(entry: Entry, answer: Entry, here: Entry | None) -> Iterator[Problem]:
+def _of_kernel(
+    entry: Entry, config: dict[str, Any], answer: Entry, here: Entry | None
+) -> Iterator[Problem]:
     """No kernel, or one that the build here cannot run."""
     if entry["kernel"] is None:
-        yield _no_kernel(entry, answer)
+        yield _no_kernel(entry, config, answer)
     elif entry["missing_ops"]:
         ops, flags = ", ".join(entry["missing_ops"]), ", ".join(here["cpu_flags"] if here else [])
         what = f"vLLM would choose {entry['kernel']}, and its build here lacks {ops}"
@@ -64,7 +68,7 @@ def _of_kernel(entry: Entry, answer: Entry, here: Entry | None) -> Iterator[Prob
         yield Problem("error", what, cure, [entry["layer"]])
 
 
-def _no_kernel(entry: Entry, answer: Entry) -> Problem:
+def _no_kernel(entry: Entry, config: dict[str, Any], answer: Entry) -> Problem:
     offer = entry["with_packages"]
     if offer:
         needs = packages_in_words(offer["needs"])
@@ -74,7 +78,25 @@ def _no_kernel(entry: Entry, answer: Entry) -> Problem:
     error = (entry["error"] or "vLLM chose no kernel").split(" Reasons:")[0]
     if entry.get("experts") and error.startswith("NotImplementedError"):
         error = _no_experts_class(entry)
+    if _NO_SCHEME in error:
+        error = f"vLLM has no code for {_in_words(entry['parts'][0], config)}"
     return Problem("error", error, CHANGES, [entry["layer"]])
+
+
+def _in_words(module: str, config: dict[str, Any]) -> str:
+    """A module's scheme, of which vLLM's error prints all arguments."""
+    find = scheme_finder(config["quantization_config"])
+    scheme = find(module) if find else None
+    if scheme is None:
+        return "this scheme"
+    words = f"weights of {scheme.bits} bits ({scheme.kind}, one scale per {scheme.strategy})"
+    if scheme.inputs is None:
+        return f"{words} alone"
+    how = "stored" if scheme.inputs.static else "dynamic"
+    return (
+        f"{words} with activations of {scheme.inputs.bits} bits ({scheme.inputs.kind}, {how} scales"
+        f" per {scheme.inputs.strategy})"
+    )
 
 
 def _no_experts_class(entry: Entry) -> str:

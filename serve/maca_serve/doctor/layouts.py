@@ -138,7 +138,7 @@ def _packed(scheme: Scheme, out: int, width: int) -> dict[str, Expected]:
     groups = scheme.groups(width)
     tensors = {
         "weight_packed": Expected(("I32",), ((out, words(width, scheme.bits)),)),
-        "weight_scale": Expected(FLOATS, ((out, groups),)),
+        "weight_scale": Expected(FLOATS, _scale_shapes(scheme, out, width)),
         "weight_shape": Expected(("I64", "I32"), ((2,),)),
         # Only order by groups needs it, and that vLLM refuses by the config.
         "weight_g_idx": Expected(("I32",), ((width,),), required=False),

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
@@ -20,14 +21,36 @@ def find_scales(tensors: dict[str, Tensor]) -> list[Tensor]:
     ]
 
 
-def not_finite(scales: Iterable[Tensor]) -> list[str]:
-    """Names of those that hold NaN or infinity: one such value spoils all that follows it."""
+@dataclass
+class Values:
+    """What scales hold.
+
+    Attributes:
+        broken: names of those with NaN or infinity: one such value spoils all that follows it.
+        negative: names of those with a value below zero, which not every kernel takes.
+    """
+
+    broken: list[str] = field(default_factory=list)
+    negative: list[str] = field(default_factory=list)
+
+
+def read_values(scales: Iterable[Tensor]) -> Values:
+    """Look at every value.
+
+    Args:
+        scales: from `find_scales`.
+    """
     names: dict[Path, list[str]] = defaultdict(list)
     for tensor in scales:
         names[tensor.file].append(tensor.name)
-    bad = []
+    values = Values()
     # A file once: opening it reads its whole header, of tens of thousands of tensors with experts.
     for path, wanted in names.items():
         with safe_open(path, framework="pt") as file:
-            bad += [x for x in wanted if not file.get_tensor(x).float().isfinite().all()]
-    return bad
+            for name in wanted:
+                tensor = file.get_tensor(name).float()
+                if not tensor.isfinite().all():
+                    values.broken.append(name)
+                if (tensor < 0).any():
+                    values.negative.append(name)
+    return values

@@ -1,6 +1,9 @@
 """Kernels that say yes to vLLM and then fail in their compiled code."""
 
+import os
+
 from maca_serve.doctor.checks import Problem
+from maca_serve.doctor.layouts import Scheme
 
 # Kernel: (compute capability from which its compiled code refuses, what is known about it).
 # Python accepts int8 on Blackwell, C++ answers "Int8 not supported on SM120" at the first token.
@@ -10,6 +13,8 @@ BLOCK = 128
 # Experts of 4-bit weights whose compiled code computes in 8 bits (vLLM 0.32, `INT4_W4A8` in
 # cpu_moe.py), whatever VLLM_CPU_INT4_W4A8 says.
 INT4_EXPERTS = "CPUExpertsInt4"
+# Lets Marlin round activations to 8 bits.
+MARLIN_INPUTS = "VLLM_MARLIN_INPUT_DTYPE"
 # What makes one scale of several, also of one, when FP8 weights with a scale per tensor are loaded.
 REQUANTIZES = "static_scaled_fp8_quant"
 
@@ -32,6 +37,32 @@ def false_yes(kernel: str, capability: int | None, layer: str) -> Problem | None
         f"set VLLM_DISABLED_KERNELS={kernel}, here to see what would be next and there to serve",
         [layer],
     )
+
+
+def wants_positive(kernel: str, scheme: Scheme, modules: list[str]) -> Problem | None:
+    """The problem with negative scales in a kernel that takes them for positive ones.
+
+    From vLLM 0.32's sources: Marlin's NVFP4 code takes values below zero for zero
+    (`nvfp4_marlin_process_scales`), and for int8 activations it divides group scales by the
+    largest, not by that of the largest magnitude (`marlin_act_int8_process_scales`), so that others
+    leave 16 bits.
+
+    Args:
+        kernel: the kernel's or the experts class's name.
+        scheme: of the modules.
+        modules: those that have negative scales.
+    """
+    if "Marlin" not in kernel:
+        return None
+    cure = "quantize with `signed_scales: false`"
+    if scheme.format == "nvfp4-pack-quantized":
+        return Problem("error", f"{kernel} takes negative scales for zero", cure, modules)
+    if scheme.kind != "int" or scheme.group_size is None:
+        return None
+    what = f"{kernel} takes negative scales, but not with VLLM_MARLIN_INPUT_DTYPE=int8"
+    if os.environ.get(MARLIN_INPUTS, "").lower() == "int8":
+        return Problem("error", what, f"unset it, or {cure}", modules)
+    return Problem("note", what, "", modules)
 
 
 def half_a_tile(kernel: str, partition: list[int], layer: str) -> Problem | None:
