@@ -4,7 +4,7 @@
 >>> from llmcompressor import oneshot
 >>> oneshot(model=..., dataset=..., recipe="recipes/w4a16-g128.maca.yaml")
 
-``quantize``, ``plan`` and ``evaluate`` are the commands as Python calls.
+``quantize``, ``tune``, ``plan`` and ``evaluate`` are the commands as Python calls.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["MaCaModifier", "build_calibration_set", "evaluate", "plan", "quantize"]
+__all__ = ["MaCaModifier", "build_calibration_set", "evaluate", "plan", "quantize", "tune"]
 
 MISSING = (
     "maca-llmc needs llmcompressor==0.14.0.1, which is not installed here (it and vLLM need "
@@ -37,6 +37,7 @@ if find_spec("llmcompressor") is not None and not AS_COMMAND:
     from maca_llmc.modifier import MaCaModifier
     from maca_llmc.planning import plan
     from maca_llmc.quantize_run import quantize
+    from maca_llmc.tuning.run import tune
 
 else:
     HOMES = {
@@ -45,6 +46,7 @@ else:
         "evaluate": "evaluation",
         "plan": "planning",
         "quantize": "quantize_run",
+        "tune": "tuning.run",
     }
 
     def __getattr__(name: str) -> Any:

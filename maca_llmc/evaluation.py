@@ -105,7 +105,7 @@ def evaluate(
     """
     config = models.load_config(models.resolve_model(base))
     for folder in map(Path, checkpoints):  # all of them before any model is run
-        _check_base(base, config, folder, check_quantized(folder))
+        check_same_model(base, config, folder, check_quantized(folder))
     _check_names([Path(folder).name for folder in checkpoints])
     with named_memory(
         "lower --windows, --targets or --lengths", "lower the longest of --lengths, or --device cpu"
@@ -252,7 +252,12 @@ def check_quantized(folder: Path) -> Any:
     return config
 
 
-def _check_base(base: str, config: Any, folder: Path, own: Any) -> None:
+def check_same_model(base: str, config: Any, folder: Path, own: Any) -> None:
+    """Refuse a checkpoint that was made from another model.
+
+    :param config: the base's; so ``own`` the checkpoint's
+    :raises UserError: names what differs
+    """
     for field in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         one, other = (getattr(c.get_text_config(), field, None) for c in (config, own))
         if one != other:

@@ -109,6 +109,10 @@ class RunState:
             pass
         raise self._damaged(path)
 
+    def drop_layer(self, index: int) -> None:
+        """Remove the file of a finished layer that no run will load again."""
+        (self.folder / f"layer-{index:04d}.safetensors").unlink(missing_ok=True)
+
     @property
     def is_complete(self) -> bool:
         """Whether the checkpoint is whole and waits for its place."""
