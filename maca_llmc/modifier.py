@@ -28,7 +28,13 @@ from maca_llmc.llmcompressor_api import (
     restore_gptq_progress,
 )
 from maca_llmc.moments import Moments
-from maca_llmc.ranks import agree_on_groups, agree_on_scale, broadcast_followers, world_size
+from maca_llmc.ranks import (
+    agree_on_groups,
+    agree_on_scale,
+    broadcast_followers,
+    failing_together,
+    world_size,
+)
 from maca_llmc.scales import search_scales
 from maca_llmc.schemes import check_order, check_schemes
 from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
@@ -126,6 +132,7 @@ class MaCaModifier(GPTQModifier):
     _raised: dict[str, float] = PrivateAttr(default_factory=dict)
     _recorder: DiagonalRecorder | None = PrivateAttr(default=None)
     _full_input: FullInput | None = PrivateAttr(default=None)
+    _failure: CalibrationError | None = PrivateAttr(default=None)
 
     @field_validator("nested_scales")
     @classmethod
@@ -244,12 +251,12 @@ class MaCaModifier(GPTQModifier):
 
         :param args: the module's inputs, the first one its tokens ``[b, T, d]`` or ``[n, d]``
         """
-        full = None
-        if self.gptaq_alpha:
-            full = self._input_in_full_precision(module)
-            if full is None:
-                return  # its turn comes in another stage
-        self._inputs.receive(module, Input(args[0], (self._layout, full)))
+        try:
+            self._receive(module, args[0])
+        except CalibrationError as error:
+            if world_size() == 1:
+                raise
+            self._failure = self._failure or error  # for when the ranks meet
         name = self._module_names[module]
         if self._recorder is not None and name in self._recorder.modules:
             tokens = module_tokens(module, args[0])
@@ -258,9 +265,12 @@ class MaCaModifier(GPTQModifier):
 
     def compress_modules(self) -> None:
         """Quantize what was calibrated, on every rank the groups it was assigned."""
-        groups = self._inputs.take()
-        for group in groups:
-            group.statistic.hessian.settle()
+        with failing_together():
+            if self._failure is not None:
+                raise self._failure
+            groups = self._inputs.take()
+            for group in groups:
+                group.statistic.hessian.settle()
         ranks = world_size()
         if ranks > 1 and self.gptaq_alpha:
             raise CalibrationError(f"gptaq_alpha: works on one rank, not on {ranks}: set it to 0")
@@ -284,15 +294,8 @@ class MaCaModifier(GPTQModifier):
         Groups of one are solved side by side where llm-compressor would do so
         (``batched_quantization``).
         """
-        hessians = {first: self._completed_hessian(first) for first in module_list}
-        alone = [first for first in module_list if len(self._groups[first].members) == 1]
-        batches = assign_batches(alone, self.batched_quantization, self.block_size)
-        for batch in cut_batches(batches):
-            factors = [self._factor(first, hessians[first], _ordered(first)) for first in batch]
-            used = [hessians.pop(first) for first in batch]
-            self._solve([[first] for first in batch], factors, used, self._feeds(batch, factors))
-        for first in list(hessians):
-            self._solve_shared(first, hessians.pop(first))
+        with failing_together():
+            self._quantize(module_list)
 
     def _reduce_hessian_to_target_rank(self, module_list: Any, module_to_rank: Any) -> None:
         self._ranks = module_to_rank
@@ -304,6 +307,14 @@ class MaCaModifier(GPTQModifier):
         super()._reduce_hessian_to_target_rank(module_list, module_to_rank)
 
     # the parts
+
+    def _receive(self, module: torch.nn.Module, tensor: torch.Tensor) -> None:
+        full = None
+        if self.gptaq_alpha:
+            full = self._input_in_full_precision(module)
+            if full is None:
+                return  # its turn comes in another stage
+        self._inputs.receive(module, Input(tensor, (self._layout, full)))
 
     @property
     def _dampening(self) -> float:
@@ -421,6 +432,17 @@ class MaCaModifier(GPTQModifier):
         if factor.dampening != self._dampening:
             self._raised.update(dict.fromkeys(names, factor.dampening))
         return factor
+
+    def _quantize(self, module_list: list[torch.nn.Module]) -> None:
+        hessians = {first: self._completed_hessian(first) for first in module_list}
+        alone = [first for first in module_list if len(self._groups[first].members) == 1]
+        batches = assign_batches(alone, self.batched_quantization, self.block_size)
+        for batch in cut_batches(batches):
+            factors = [self._factor(first, hessians[first], _ordered(first)) for first in batch]
+            used = [hessians.pop(first) for first in batch]
+            self._solve([[first] for first in batch], factors, used, self._feeds(batch, factors))
+        for first in list(hessians):
+            self._solve_shared(first, hessians.pop(first))
 
     def _solve_shared(self, first: torch.nn.Module, hessian: torch.Tensor) -> None:
         factors: dict[bool, Factor] = {}

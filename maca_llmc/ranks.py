@@ -1,10 +1,12 @@
 """What several ranks agree on before one of them quantizes a group for all."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import distributed as dist
 
+from maca_llmc.errors import CalibrationError
 from maca_llmc.llmcompressor_api import broadcast_quantized, empty_hessian
 from maca_llmc.moments import Moments
 from maca_llmc.shared_inputs import Group
@@ -13,6 +15,31 @@ from maca_llmc.shared_inputs import Group
 def world_size() -> int:
     """How many ranks there are; 1 outside of a distributed run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """While open, let no rank go on without one that failed, to wait for it for ever.
+
+    Nothing in the block may wait for other ranks.
+
+    :raises CalibrationError: on the ranks that did not fail, with what the first that did said
+    """
+    if world_size() == 1:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    said: list[str | None] = [None] * world_size()
+    dist.all_gather_object(said, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(said):
+        if message is not None:
+            raise CalibrationError(f"rank {rank} failed: {message}")
 
 
 def agree_on_groups(

@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 from llmcompressor import oneshot
+from llmcompressor.core import reset_session
 from tiny import loader, random_sequences
 from torch import distributed as dist
 from torch import multiprocessing
@@ -140,3 +141,65 @@ def test_two_ranks_quantize_as_one_process(tiny_models, both_ranks, case):
             if kind in kinds:
                 owners.setdefault(stem, set()).add(name in ranks[0]["hessians"])
         assert owners and all(len(owner) == 1 for owner in owners.values()), "a group was parted"
+
+
+def refuse_on_one(rank, port, folders, output):
+    """Spoil things on one rank only, and write down what every rank says."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS, timeout=TIMEOUT
+    )
+
+    class Indefinite(MaCaModifier):
+        """Where it is solved, a Hessian is not positive definite with any dampening."""
+
+        def compress_module_list(self, module_list):
+            for module in module_list:
+                if self._module_names[module].endswith("layers.0.mlp.down_proj"):
+                    self._hessians[module].copy_(-torch.eye(len(self._hessians[module])))
+            super().compress_module_list(module_list)
+
+    sequences = random_sequences([24, 12, 40, 13])[rank::RANKS]
+    runs = {
+        # padding among routed tokens is refused where it is: on rank 0 only
+        "routed": ("qwen3_moe", MaCaModifier, 2 - rank),
+        "indefinite": ("llama", Indefinite, 1),
+    }
+    for name, (family, modifier_class, batch_size) in runs.items():
+        model = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32).eval()
+        modifier = modifier_class(**SCHEME | {"ignore": ["lm_head", "re:.*gate$"]})
+        data = loader(sequences, batch_size)
+        try:
+            oneshot(
+                model=model,
+                dataset=data,
+                recipe=modifier,
+                moe_calibrate_all_experts=family != "qwen3_moe",
+            )
+            said = "nothing"
+        except ValueError as error:
+            said = str(error)
+        (output / f"{name}-{rank}").write_text(said)
+        reset_session()
+    dist.destroy_process_group()
+
+
+def test_what_one_rank_refuses_every_rank_does(tiny_models, tmp_path):
+    context = multiprocessing.spawn(
+        refuse_on_one, (free_port(), folders(tiny_models), tmp_path), nprocs=RANKS, join=False
+    )
+    try:
+        deadline = time.monotonic() + 50
+        while not context.join(timeout=5):
+            assert time.monotonic() < deadline, "a rank waits for one that has failed"
+    finally:
+        for process in context.processes:
+            process.kill()
+    for name, says in (
+        ("routed", "routed tokens of a padded batch could be padding"),
+        ("indefinite", "down_proj: the Hessian is not positive definite with dampening 1"),
+    ):
+        said = [(tmp_path / f"{name}-{rank}").read_text() for rank in range(RANKS)]
+        assert all(says in text for text in said), said
+        assert sum(" failed: " in text for text in said) == 1, said
