@@ -165,7 +165,7 @@ def load_model(source: str, config: Any, dtype: Any = "auto", **extra: Any) -> A
         base_weights.check_unquantized(source, base_weights.read_headers(source))
         base_weights.check_finite(source, model)
     keep_expert_names(model)
-    return model.eval()
+    return plain_linears(model).eval()
 
 
 @contextmanager
@@ -216,7 +216,18 @@ def meta_model(config: Any) -> Any:
     model_class = model_class_of(config)
     build = getattr(model_class, "_from_config", None) or model_class.from_config
     with torch.device("meta"):
-        return separate_experts(build(config))
+        return plain_linears(separate_experts(build(config)))
+
+
+def plain_linears(model: Any) -> Any:
+    """Make plain Linears of those that only spell the product otherwise (Falcon's).
+
+    compressed-tensors would write a subclass as it is, and promise codes.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "FalconLinear":
+            module.__class__ = torch.nn.Linear
+    return model
 
 
 def model_class_of(config: Any) -> Any:

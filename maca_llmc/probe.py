@@ -97,12 +97,7 @@ def probe(config: Any, width: int, device: torch.device) -> Speeds:
 
 def _forward_speed(config: Any, tokens: int, device: torch.device) -> float:
     """Of one decoder layer of the model, of random weights, all experts on."""
-    single = copy.deepcopy(config)
-    text = single.get_text_config()
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    shapes = models.meta_model(single)
+    shapes = models.meta_model(_one_layer(config))
     linear, quadratic = forward_flops(shapes)
     decoder = shapes.get_decoder().to_empty(device=device).eval()
     for tensor in (*decoder.parameters(), *decoder.buffers()):
@@ -112,6 +107,19 @@ def _forward_speed(config: Any, tokens: int, device: torch.device) -> float:
     with torch.no_grad(), all_experts_on_meta(), fast_linears(device):
         seconds = _seconds(lambda: decoder(input_ids=ids, use_cache=False), device)
     return (linear * tokens + quadratic * tokens**2) / seconds
+
+
+def _one_layer(config: Any) -> Any:
+    """A copy of the configuration with one layer, which shares no keys and values with others."""
+    single = copy.deepcopy(config)
+    text = single.get_text_config()
+    layers, text.num_hidden_layers = text.num_hidden_layers, 1
+    for name, value in vars(text).copy().items():
+        if isinstance(value, list) and len(value) == layers:  # one entry per layer
+            setattr(text, name, value[:1])
+    if getattr(text, "num_kv_shared_layers", 0):
+        text.num_kv_shared_layers = 0
+    return single
 
 
 def _round_block(

@@ -46,7 +46,8 @@ def default_ignore(model: torch.nn.Module) -> list[str]:
     """The entries of ``LEFT_ALONE`` that match anything in ``model``, and more that stays as it is.
 
     That is Linears outside the decoder layers, to which no layer's calibration comes (Gemma 3n),
-    and first-generation Mamba mixers, which vLLM builds without a quantization config (Jamba).
+    Linears of a kind of their own, and first-generation Mamba mixers, which vLLM builds without a
+    quantization config (Jamba).
     """
     names = [name for name, _ in model.named_modules()]
     ignored = [
@@ -58,7 +59,8 @@ def default_ignore(model: torch.nn.Module) -> list[str]:
     ]
     inside = {module for layer in decoder_layers(model) for module in layer.modules()}
     linears = match_named_modules(model, ["Linear"], ignored)
-    return ignored + [name for name, module in linears if module not in inside]
+    others = [name for name, m in linears if m not in inside or not _is_plain(m)]
+    return ignored + others
 
 
 def _mamba_mixers(names: list[str]) -> list[str]:
@@ -117,10 +119,13 @@ def check_targets(modifier: Any, model: Any, text_only: bool = True) -> dict[str
     _check_cache(model, modifier)
     targeted = linear_widths(model, modifier.resolved_targets, modifier.ignore)
     if not targeted:
-        raise CalibrationError(
-            f"the recipe's targets {sorted(modifier.resolved_targets)} match no Linear of the "
-            "model: use targets: [Linear]"
-        )
+        raise CalibrationError(_why_nothing(model, modifier))
+    for name in targeted:
+        if not _is_plain(module := model.get_submodule(name)):
+            raise CalibrationError(
+                f"{name} is a {type(module).__name__}, a Linear of its own kind, which cannot be "
+                f"written quantized: add {name!r} to the recipe's ignore list"
+            )
     _check_groups(model, modifier)
     _check_embeddings(model, modifier)
     if not text_only:
@@ -234,6 +239,27 @@ def _check_cache(model: Any, modifier: Any) -> None:
             f"the recipe quantizes the KV cache and ignores {ignored[0]}, whose scales nothing "
             f"would set: to leave its Linears alone, ignore '{inside}'"
         )
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """compressed-tensors writes subclasses of Linear as they are, and promises codes."""
+    return type(module) is torch.nn.Linear
+
+
+def _why_nothing(model: Any, modifier: Any) -> str:
+    """What is wrong with a recipe that quantizes no Linear, and the cure."""
+    modules = [pair for layer in decoder_layers(model) for pair in layer.named_modules()]
+    if not any(isinstance(module, torch.nn.Linear) for _, module in modules):
+        kinds = {type(m).__name__ for _, m in modules if getattr(m, "weight", None) is not None}
+        kinds = {kind for kind in kinds if "norm" not in kind.lower()}
+        return (
+            f"the model's layers have no Linear ({', '.join(sorted(kinds)) or 'no weights'} in "
+            "their place), and only Linears are quantized: take another model"
+        )
+    if linear_widths(model, modifier.resolved_targets, []):
+        return "the recipe's ignore list leaves nothing of its targets to quantize: shorten it"
+    targets = sorted(modifier.resolved_targets)
+    return f"the recipe's targets {targets} match no Linear of the model: use targets: [Linear]"
 
 
 def _mended(model: torch.nn.Module, name: str) -> str:

@@ -146,6 +146,24 @@ def test_experts_are_saved_under_the_base_names(tiny_models, tmp_path, family):
     assert modules[0] == modules[1]
 
 
+def test_linears_that_are_spelled_otherwise_are_written_as_codes(tiny_models, tmp_path):
+    """Falcon's are of a class of its own, which compressed-tensors does not compress."""
+    output = run(tiny_models("falcon"), tmp_path / "out")
+    written = read_headers(str(output))
+    assert sum(name.endswith("weight_packed") for name in written) == 2 * 4
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_share_keys_and_values_run(tiny_models, tmp_path, family, monkeypatch):
+    """As in the model itself, and Linears outside the layers stay as they are."""
+    folder = tiny_models(family, num_hidden_layers=4)
+    output = run(folder, tmp_path / "out")
+    assert "model.per_layer_model_projection.weight" in read_headers(str(output))
+    monkeypatch.setattr(planning, "ask_kernels", lambda run: [])
+    options = {"data": random_text(16), "scales": [16, 32], "tokens": 256}
+    assert planning.plan(tmp_path / "plan", model=folder, **options)["seconds"]["total"] > 0
+
+
 def test_draft_layers_that_are_copied_are_checked_and_kept_in_the_configuration(base):
     folder = base("qwen3_next", ["mtp.fc.weight"], mtp_num_hidden_layers=1)
     tensors = load_file(folder / "model.safetensors")

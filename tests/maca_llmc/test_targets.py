@@ -149,6 +149,23 @@ def test_what_is_left_alone_by_default(family, expected):
     assert default_ignore(shapes(family)) == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "ignore", "error"),
+    [
+        (
+            "gpt2",
+            ["lm_head"],
+            r"no Linear \(Conv1D in their place\), and only Linears are quantized",
+        ),
+        ("llama", ["re:.*"], "the recipe's ignore list leaves nothing of its targets to quantize"),
+        ("phimoe", ["lm_head"], r"mlp.router is a PhimoeTopKRouter, a Linear .* to the recipe's"),
+    ],
+)
+def test_why_nothing_or_too_much_is_quantized(family, ignore, error):
+    with pytest.raises(UserError, match=error):
+        check_targets(modifier(ignore=ignore), shapes(family))
+
+
 def test_vision_towers_and_projectors_are_left_alone_by_default(tiny_models):
     model = models.meta_model(models.load_config(str(tiny_models("gemma3"))))
     ignore = default_ignore(model)

@@ -73,6 +73,8 @@ FAMILIES = {
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
     },
+    "falcon": {"head_dim": None, "num_kv_heads": 4},
+    "gpt2": {},
     "jamba": {
         "num_experts": 4,
         "attn_layer_period": 2,
@@ -120,7 +122,7 @@ def tiny_config(family: str, **changes):
     shape = SHAPE | FAMILIES[family] | changes
     if "layer_types" in shape:
         shape["layer_types"] = shape["layer_types"][: shape["num_hidden_layers"]]
-    return AutoConfig.for_model(family, **shape)
+    return AutoConfig.for_model(family, **{k: v for k, v in shape.items() if v is not None})
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
