@@ -17,7 +17,7 @@ Each command of `maca-serve` is a function here, with the same defaults:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from maca_serve.errors import EngineError, RequestError, UserError
+from maca_serve.errors import EngineError, IncompleteError, RequestError, UserError
 
 if TYPE_CHECKING:
     from maca_serve.comparison import compare
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EngineError",
+    "IncompleteError",
     "RequestError",
     "UserError",
     "accuracy",

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from maca_serve.console import err, out
-from maca_serve.errors import EngineError, UserError
+from maca_serve.errors import EngineError, IncompleteError, UserError
 from maca_serve.options import (
     Concurrency,
     Folder,
@@ -345,6 +345,8 @@ def main() -> None:
     except typer.Abort:
         code = 130
     except UserError as error:
+        if isinstance(error, IncompleteError):
+            _show(error.results, None)
         for line in error.details if isinstance(error, EngineError) else []:
             err.print(line, style="dim", markup=False, soft_wrap=True)
         err.print(f"error: {error}", markup=False, soft_wrap=True)
@@ -368,7 +370,7 @@ def _leave(number: int, frame: object) -> None:
 def _show(results: dict[str, Any], path: Path | None) -> None:
     from maca_serve.tables import result_tables
 
-    for table in result_tables(results, out.width):
+    for table in result_tables(results, out.width) if results["checkpoints"] else ():
         out.print(table)
         out.print()
     for entry in results["checkpoints"]:

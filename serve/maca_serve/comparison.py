@@ -6,6 +6,7 @@ from typing import Any
 
 from maca_serve.accuracy_plan import plan_accuracy
 from maca_serve.checkpoint import Checkpoint, open_all, require_quantized, require_same_model
+from maca_serve.errors import IncompleteError
 from maca_serve.machine import require_vllm
 from maca_serve.measure import measure, speed_settings
 from maca_serve.ranks import Ranks
@@ -75,6 +76,7 @@ def compare(
 
     Raises:
         UserError: bad input, before anything runs; EngineError and RequestError are of this type.
+        IncompleteError: some could not be measured; the others are written, see `measure`.
     """
     require_vllm()
     accuracy = AccuracySettings(
@@ -99,15 +101,27 @@ def _compare(
     output: str | Path,
 ) -> dict[str, Any]:
     plan = plan_accuracy(accuracy, checkpoints)
-    results = measure(checkpoints, plan, speed, ranks=ranks)
-    first = results["checkpoints"][0]
-    for entry in results["checkpoints"]:
-        entry["recovery"] = recovery(first, entry)
-    for entry in results["checkpoints"][1:]:
-        entry["verdict"] = judge(first, entry)
-    results["settings"] |= {"intervals": describe_intervals(), "rules": rules()}
-    write_measured(Path(output) / RESULTS, results)
-    # Should what follows fail, no report of an earlier run stands beside these results.
-    (Path(output) / REPORT).unlink(missing_ok=True)
-    write_text(Path(output) / REPORT, render_report(results, checkpoints))
+    try:
+        results = measure(checkpoints, plan, speed, ranks=ranks)
+    except IncompleteError as error:
+        _write(error.results, checkpoints, Path(output))
+        raise error.kept_in(Path(output) / RESULTS) from error
+    _write(results, checkpoints, Path(output))
     return results
+
+
+def _write(results: dict[str, Any], checkpoints: list[Checkpoint], output: Path) -> None:
+    """Results and report of the checkpoints that were measured; no report where there are none."""
+    entries = results["checkpoints"]
+    for entry in entries:
+        entry["recovery"] = recovery(entries[0], entry)
+    for entry in entries[1:]:
+        entry["verdict"] = judge(entries[0], entry)
+    results["settings"] |= {"intervals": describe_intervals(), "rules": rules()}
+    write_measured(output / RESULTS, results)
+    # Should what follows fail, no report of an earlier run stands beside these results.
+    (output / REPORT).unlink(missing_ok=True)
+    if entries:
+        names = [entry["name"] for entry in entries]
+        kept = [checkpoint for checkpoint in checkpoints if checkpoint.name in names]
+        write_text(output / REPORT, render_report(results, kept))

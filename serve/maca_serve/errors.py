@@ -1,6 +1,8 @@
 """Errors that a user can act on, and how errors are told."""
 
 import traceback
+from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -33,6 +35,23 @@ class EngineError(UserError):
     def __init__(self, message: str, details: list[str]) -> None:
         super().__init__(message)
         self.details = details
+
+
+class IncompleteError(EngineError):
+    """Some checkpoints could not be measured; what was measured is there.
+
+    Attributes:
+        results: as those of a whole measurement, with `failed` besides.
+    """
+
+    def __init__(self, message: str, details: list[str], results: dict[str, Any]) -> None:
+        super().__init__(message, details)
+        self.results = results
+
+    def kept_in(self, path: Path) -> "IncompleteError":
+        """The same, saying where its results are."""
+        said = f"{self}; what was measured is in {path}"
+        return IncompleteError(said, self.details, self.results)
 
 
 class PortTakenError(EngineError):

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from maca_serve.console import progress
 from maca_serve.doctor.checks import require_sound
 from maca_serve.doctor.loadable import require_loadable
 from maca_serve.engine import Engine
-from maca_serve.errors import UserError
+from maca_serve.errors import EngineError, IncompleteError, UserError
 from maca_serve.fit import Fit, fit
 from maca_serve.machine import describe_machine, require_vllm, versions
 from maca_serve.ranks import Ranks, check_ranks
@@ -69,6 +69,7 @@ def accuracy(
 
     Raises:
         UserError: bad input, before anything runs; EngineError and RequestError are of this type.
+        IncompleteError: some could not be measured; the others are written, see `measure`.
     """
     require_vllm()
     settings = AccuracySettings(
@@ -77,7 +78,8 @@ def accuracy(
     checkpoints = open_all([Path(path) for path in paths], _as_list(names))
     check_output(output)
     plan = plan_accuracy(settings, checkpoints)
-    return _finish(measure(checkpoints, plan, None, ranks=Ranks(tensor_parallel)), output)
+    with _kept(output):
+        return _finish(measure(checkpoints, plan, None, ranks=Ranks(tensor_parallel)), output)
 
 
 def throughput(
@@ -113,12 +115,14 @@ def throughput(
 
     Raises:
         UserError: bad input, before anything runs; EngineError and RequestError are of this type.
+        IncompleteError: some could not be measured; the others are written, see `measure`.
     """
     require_vllm()
     settings = speed_settings(concurrency, input_len, output_len, prompts, rates, repeats)
     checkpoints = open_all([Path(path) for path in paths], _as_list(names))
     check_output(output)
-    return _finish(measure(checkpoints, None, settings, ranks=Ranks(tensor_parallel)), output)
+    with _kept(output):
+        return _finish(measure(checkpoints, None, settings, ranks=Ranks(tensor_parallel)), output)
 
 
 def speed_settings(
@@ -155,7 +159,9 @@ def measure(
 
     Raises:
         UserError: requests that do not fit a model's context, ranks that do not divide a model, or
-            a failing engine.
+            a failing engine before anything was measured.
+        IncompleteError: a later failing engine. Its results have as "checkpoints" those that were
+            measured in full, and "failed": [{"name", "path", "error", "measured": what was}].
     """
     version = require_vllm()
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -173,19 +179,28 @@ def measure(
     if speed:
         machine["copy_bandwidth"] = copy_bandwidth(version, ranks.count)
     entries: list[dict[str, Any]] = [{} for _ in checkpoints]
+    failed: dict[int, UserError] = {}
     with contextlib.ExitStack() as stack:
         benchmark = stack.enter_context(Benchmark(speed)) if speed else None
         timing = Timing(benchmark, checkpoints[0].name) if benchmark else None
         for visit in visits.visits:
-            engines = [Engine(checkpoints[place], fits[place]) for place in visit.checkpoints]
-            with contextlib.ExitStack() as up:
-                for place, engine in zip(visit.checkpoints, engines, strict=True):
-                    _opened(entries[place], up.enter_context(engine), plan)
-                if timing:
-                    timing.run(engines, visit.rounds)
-    if timing:
-        _add_speed(entries, checkpoints, timing, machine["copy_bandwidth"]["bytes_per_s"])
-    return {
+            engines = {
+                place: Engine(checkpoints[place], fits[place])
+                for place in visit.checkpoints
+                if place not in failed
+            }
+            _visit(engines, visit.rounds, entries, plan, timing, failed)
+            if timing and 0 in failed:
+                break  # nothing is left to compare with
+    if timing and 0 in failed:
+        lost = UserError(f"not compared, for {checkpoints[0].path} failed")
+        failed |= {place: lost for place in range(len(checkpoints)) if place not in failed}
+    complete = [place for place in range(len(checkpoints)) if place not in failed]
+    measured = [entries[place] for place in complete]
+    if timing and complete:
+        kept = [checkpoints[place] for place in complete]
+        _add_speed(measured, kept, timing, machine["copy_bandwidth"]["bytes_per_s"])
+    results: dict[str, Any] = {
         "created": created,
         "machine": machine,
         "versions": versions(),
@@ -198,8 +213,67 @@ def measure(
             },
         },
         "schedule": visits.describe([checkpoint.name for checkpoint in checkpoints], repeats),
-        "checkpoints": entries,
+        "checkpoints": measured,
     }
+    if failed:
+        results["failed"] = [
+            {
+                "name": checkpoints[place].name,
+                "path": str(checkpoints[place].path),
+                "error": str(error),
+                "measured": _parts(entries[place], checkpoints[place].name, timing),
+            }
+            for place, error in failed.items()
+        ]
+        raise _failure(results, list(failed.values()))
+    return results
+
+
+def _visit(
+    engines: dict[int, Engine],
+    rounds: Sequence[int],
+    entries: list[dict[str, Any]],
+    plan: AccuracyPlan | None,
+    timing: Timing | None,
+    failed: dict[int, UserError],
+) -> None:
+    """Start engines, score those that are new and time them; what fails goes into `failed`.
+
+    One that does not start, or cannot be scored, leaves the others be. Who failed while several
+    were timed is not told apart: none of them has all its runs.
+    """
+    running: dict[int, Engine] = {}
+    try:
+        with contextlib.ExitStack() as up:
+            for place, engine in engines.items():
+                try:
+                    with contextlib.ExitStack() as own:
+                        _opened(entries[place], own.enter_context(engine), plan)
+                        running[place] = engine
+                        up.enter_context(own.pop_all())
+                except UserError as error:
+                    failed[place] = error
+                    if place == 0 and timing:
+                        return
+            if timing and running:
+                timing.run(list(running.values()), rounds)
+    except UserError as error:
+        failed |= dict.fromkeys(running, error)
+
+
+def _parts(entry: dict[str, Any], name: str, timing: Timing | None) -> dict[str, Any]:
+    """What was measured of a checkpoint that failed."""
+    parts = entry if "perplexity" in entry else {}
+    return {**parts, **timing.results(name)} if timing and name in timing else parts
+
+
+def _failure(results: dict[str, Any], errors: list[UserError]) -> UserError:
+    """What to raise: the first error itself where nothing was measured."""
+    if not results["checkpoints"] and not any(each["measured"] for each in results["failed"]):
+        return errors[0]
+    said = list(dict.fromkeys(map(str, errors)))
+    details = errors[0].details if isinstance(errors[0], EngineError) else []
+    return IncompleteError("; ".join(said), details, results)
 
 
 def _opened(entry: dict[str, Any], engine: Engine, plan: AccuracyPlan | None) -> None:
@@ -258,6 +332,18 @@ def _require_fits(checkpoint: Checkpoint, speed: SpeedSettings | None) -> None:
 
 def _as_list(names: Sequence[str] | None) -> list[str] | None:
     return list(names) if names is not None else None
+
+
+@contextlib.contextmanager
+def _kept(output: str | Path | None) -> Iterator[None]:
+    """Write what was measured, where not all could be."""
+    try:
+        yield
+    except IncompleteError as error:
+        if output is None:
+            raise
+        _finish(error.results, output)
+        raise error.kept_in(Path(output)) from error
 
 
 def _finish(results: dict[str, Any], output: str | Path | None) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class Timing:
                     self._one(engine, load)
                     bar.update(task, advance=1)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a checkpoint has been timed under some load at least."""
+        return name in self._runs
+
     def results(self, name: str) -> dict[str, Any]:
         """`throughput` by prompt length and requests in flight, `rates` by length and rate.
 

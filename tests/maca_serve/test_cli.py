@@ -133,6 +133,17 @@ def test_accuracy_prints_a_table(fake_vllm, quantized, text, tmp_path):
     assert (tmp_path / "a.json").is_file()
 
 
+def test_what_was_measured_is_shown_before_the_error(fake_vllm, base, quantized, text, tmp_path):
+    fake_vllm("does not start for w4")
+    options = ["--text", text, "--lengths", "40,64", "--windows", "2", "--limit", "4"]
+    done = call("accuracy", base, quantized, *options, "--output", tmp_path / "a.json")
+    assert done.returncode == 2
+    assert re.search(r"base +\d+\.\d+ ± ", done.stdout)
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith(f"error: {quantized}: vLLM did not start: ValueError: no kernel for 3")
+    assert last.endswith(f"what was measured is in {tmp_path}/a.json")
+
+
 def test_throughput_takes_lengths_and_rates(fake_vllm, base, quantized, tmp_path):
     options = ["--input-len", "32,64", "--rates", "0.5", "--repeats", "1", "--concurrency", "1"]
     done = call("throughput", base, quantized, *options, "--output", tmp_path / "s.json")

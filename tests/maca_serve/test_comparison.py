@@ -3,7 +3,16 @@ import math
 from datetime import UTC, datetime
 
 import pytest
-from maca_serve import UserError, accuracy, compare, fit, throughput
+from maca_serve import (
+    EngineError,
+    IncompleteError,
+    UserError,
+    accuracy,
+    alternation,
+    compare,
+    fit,
+    throughput,
+)
 
 SMALL = {"lengths": [40, 64, 128], "windows": 3, "limit": 4}
 
@@ -181,9 +190,100 @@ def test_other_tokenizer(fake_vllm, base, quantized, settings):
         compare(base, [quantized], **settings)
 
 
-def test_failing_engine_writes_nothing(fake_vllm, base, quantized, settings):
-    fake_vllm("dies in bench")
-    with pytest.raises(UserError, match="died while it was used") as error:
+def test_failing_engine_before_anything_is_measured_writes_nothing(
+    fake_vllm, base, quantized, settings
+):
+    fake_vllm("does not start")
+    with pytest.raises(EngineError, match="did not start") as error:
         compare(base, [quantized], **settings)
+    assert not isinstance(error.value, IncompleteError)
     assert not settings["output"].exists()
     assert error.value.details
+
+
+@pytest.fixture(params=[0, 10**12], ids=["in turn", "together"])
+def memory(request, monkeypatch):
+    """Engines are up one after another, or all at once."""
+    monkeypatch.setattr(alternation, "available_memory", lambda: request.param)
+
+
+def broken(error, settings):
+    """What stands in results.json: names measured, and what failed."""
+    found = json.loads((settings["output"] / "results.json").read_text())
+    assert error.value.results == found
+    assert str(error.value).endswith(f"what was measured is in {settings['output']}/results.json")
+    return [entry["name"] for entry in found["checkpoints"]], found["failed"]
+
+
+def test_an_engine_that_does_not_start_costs_its_own_measurements_only(
+    fake_vllm, base, quantized, make_checkpoint, settings, memory
+):
+    fake_vllm("does not start for w4")
+    with pytest.raises(
+        IncompleteError, match=r"w4: vLLM did not start: ValueError: no ker"
+    ) as error:
+        compare(base, [quantized, make_checkpoint("w8")], **settings)
+    names, (failed,) = broken(error, settings)
+    assert names == ["base", "w8"]
+    assert failed["name"] == "w4" and "no kernel for 3 bits" in failed["error"]
+    assert failed["measured"] == {}
+    last = error.value.results["checkpoints"][1]
+    assert last["verdict"]["verdict"] and last["throughput"]["128"]["4"]["rounds"] == [40.0, 40.0]
+    report = (settings["output"] / "report.html").read_text()
+    assert "w4: not measured" in report and "no kernel for 3 bits" in report
+
+
+def test_only_the_base_is_left(fake_vllm, base, quantized, settings, memory):
+    fake_vllm("does not start for w4")
+    with pytest.raises(IncompleteError) as error:
+        compare(base, [quantized], **settings)
+    assert broken(error, settings)[0] == ["base"]
+    assert "w4: not measured" in (settings["output"] / "report.html").read_text()
+
+
+@pytest.mark.parametrize("fault", ["does not start later", "dies in bench"])
+def test_what_was_measured_of_those_that_fail_is_kept(
+    fake_vllm, base, quantized, settings, monkeypatch, fault
+):
+    monkeypatch.setattr(alternation, "available_memory", lambda: 0)
+    settings["output"].mkdir()
+    (settings["output"] / "report.html").write_text("of an earlier run")
+    fake_vllm(f"{fault} for base")
+    with pytest.raises(IncompleteError) as error:
+        compare(base, [quantized], **settings)
+    names, failed = broken(error, settings)
+    assert names == [] and not (settings["output"] / "report.html").exists()
+    by_name = {each["name"]: each for each in failed}
+    assert list(by_name["base"]["measured"]["perplexity"]) == ["40", "64", "128"]
+    assert "not compared, for" in by_name["w4"]["error"]
+    measured = by_name["w4"]["measured"]
+    if fault == "dies in bench":  # at the first visit to the base
+        assert measured == {}
+    else:
+        assert measured["throughput"]["128"]["4"]["rounds"] == [40.0, 40.0]
+        assert by_name["base"]["measured"]["throughput"]["128"]["4"]["rounds"] == [40.0]
+
+
+def test_one_of_several_dies_while_all_are_timed(fake_vllm, base, quantized, settings, monkeypatch):
+    monkeypatch.setattr(alternation, "available_memory", lambda: 10**12)
+    fake_vllm("dies in bench for w4")
+    with pytest.raises(IncompleteError, match=r"w4: vLLM died while it was used: Memory") as error:
+        compare(base, [quantized], **settings)
+    assert error.value.details
+    names, failed = broken(error, settings)
+    assert names == [] and all("perplexity" in each["measured"] for each in failed)
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_each_part_alone_keeps_what_it_measured(fake_vllm, base, quantized, text, tmp_path, output):
+    file = tmp_path / "a.json" if output else None
+    fake_vllm("does not start for base")
+    with pytest.raises(IncompleteError, match="base: vLLM did not start") as error:
+        accuracy([base, quantized], text=text, output=file, **SMALL)
+    assert [entry["name"] for entry in error.value.results["checkpoints"]] == ["w4"]
+    assert file is None or json.loads(file.read_text()) == error.value.results
+    fake_vllm("does not start for w4")
+    with pytest.raises(IncompleteError, match="w4: vLLM did not start") as error:
+        throughput([base, quantized], concurrency=[2], output=file)
+    assert [entry["name"] for entry in error.value.results["checkpoints"]] == ["base"]
+    assert file is None or json.loads(file.read_text()) == error.value.results

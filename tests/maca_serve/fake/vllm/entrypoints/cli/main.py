@@ -12,7 +12,10 @@ from pathlib import Path
 
 from vllm.model import logprob, other_tokens
 
-FAULT = os.environ.get("FAKE_VLLM", "")
+# "does not start for w4" is of one checkpoint, "does not start later for w4" of its second engine.
+FAULT, _, ONLY = os.environ.get("FAKE_VLLM", "").partition(" for ")
+if ONLY and ONLY not in sys.argv:
+    FAULT = ""
 OPTIONS = argparse.Namespace()
 KEY = os.environ.get("VLLM_API_KEY")
 LOG = """\
@@ -119,7 +122,10 @@ def main():
     if "--no-such-flag" in others:
         parser.error("unrecognized arguments: --no-such-flag")
     print(f"arguments {sys.argv[1:]}", flush=True)
-    if FAULT == "does not start":
+    if FAULT == "does not start later":
+        started = Path(os.environ["FAKE_VLLM_REACHED"])
+        later, _ = started.exists(), started.touch()
+    if FAULT == "does not start" or (FAULT == "does not start later" and later):
         print("(Worker pid=9) ERROR 11-22 00:28:05 [x.py:1] ValueError: no kernel for 3 bits")
         print("(APIServer pid=1) RuntimeError: Engine core initialization failed. See above.")
         sys.exit(1)
