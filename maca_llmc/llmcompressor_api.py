@@ -25,6 +25,7 @@ from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modeling.moe.conversion_mappings import has_linearize_load_mappings
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, load_quantizable_moe
+from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq import base as gptq_base
@@ -61,7 +62,10 @@ from llmcompressor.utils.helpers import (
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from transformers import conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.monkey_patching import clear_patch_mapping
+
+from maca_llmc.errors import UserError
 
 __all__ = [
     "CalibrationPipeline",
@@ -139,12 +143,35 @@ def separate_experts(model: Any) -> Any:
     """Give a model without weights (meta device) its experts as the Linears they are loaded as.
 
     llm-compressor's own ``linearize_moe`` copies weights and offloads them, which meta cannot.
+
+    :raises UserError: when it does not know their sizes
     """
     for name, experts in get_non_linearized_moes(model):
-        fused: Any = type(experts)
-        separate = LinearExperts2D.get_linear_experts_cls(fused)
-        model.set_submodule(name, separate(getattr(experts, "config", model.config)))
+        model.set_submodule(name, _separated(experts, model.config))
     return model
+
+
+def _separated(experts: Any, config: Any) -> Any:
+    fused: Any = type(experts)
+    made = LinearExperts2D.get_linear_experts_cls(fused)
+    try:
+        if made is Llama4LinearExperts:
+            sizes = (experts.num_experts, experts.hidden_size, experts.expert_dim)
+            separate = made(*sizes, config.get_text_config())
+        else:
+            separate = made(getattr(experts, "config", config))
+    except TypeError:
+        separate = None  # sizes by layer, in a list (HunYuan)
+    wanted = sorted(experts.down_proj.shape)
+    if separate is None or wanted != sorted(
+        (separate.num_experts, *separate[0].down_proj.weight.shape)
+    ):
+        raise UserError(
+            f"llm-compressor does not know the sizes of {fused.__name__} (together "
+            f"{' x '.join(map(str, experts.down_proj.shape))}), and cannot separate the experts: "
+            "take another model"
+        )
+    return separate
 
 
 @contextmanager
@@ -172,6 +199,9 @@ def loading_separate_experts(model_class: Any, model_type: str) -> Iterator[None
         if has_linearize_load_mappings(model_type):
             for module in _unlistable_modules():
                 stack.enter_context(patch_attr(module, "__dir__", lambda: []))
+        if model_type == "llama4_text":  # which llm-compressor knows as a part only
+            own = property(lambda config: config)
+            stack.enter_context(patch_attr(Llama4TextConfig, "text_config", own))
         stack.enter_context(load_quantizable_moe(model_class))
         try:
             yield

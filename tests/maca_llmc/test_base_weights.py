@@ -9,6 +9,7 @@ import torch
 from loguru import logger
 from safetensors.torch import load_file, save_file
 from tiny import random_text
+from transformers import AutoModelForCausalLM
 
 from maca_llmc import base_weights, models, planning, quantize
 from maca_llmc.base_weights import branches, draft_layers, read_headers, weight_files
@@ -144,6 +145,37 @@ def test_experts_are_saved_under_the_base_names(tiny_models, tmp_path, family):
         {name.rpartition(".")[0] for name in read_headers(str(place))} for place in (folder, output)
     ]
     assert modules[0] == modules[1]
+
+
+MOES = ["lfm2_moe", "mixtral", "phimoe", "qwen2_moe", "hunyuan_v1_moe", "llama4_text", "jamba"]
+
+
+@pytest.mark.parametrize("family", MOES)
+def test_separate_experts_compute_what_the_base_does(tiny_models, family):
+    source = str(tiny_models(family))
+    separate = models.load_model(source, models.load_config(source))
+    fused = AutoModelForCausalLM.from_pretrained(source).eval()
+    ids = torch.arange(20, 60).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(separate(ids).logits, fused(ids).logits)
+
+
+def test_experts_of_sizes_that_nobody_knows_are_refused(base):
+    """HunYuan has a list of them."""
+    for sizes in ([32, 32], 32):
+        folder = base("hunyuan_v1_moe", moe_intermediate_size=sizes)
+        config = models.load_config(str(folder))
+        with pytest.raises(
+            UserError, match=r"not know the sizes of HunYuanMoEV1Experts \(together"
+        ):
+            models.meta_model(config)
+        shutil.rmtree(folder)
+
+
+def test_llama4_runs(tiny_models, tmp_path):
+    output = run(tiny_models("llama4_text"), tmp_path / "out")
+    experts = [n for n in read_headers(str(output)) if ".experts." in n and "packed" in n]
+    assert len(experts) == 2 * 4 * 3
 
 
 def test_linears_that_are_spelled_otherwise_are_written_as_codes(tiny_models, tmp_path):
