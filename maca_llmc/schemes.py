@@ -10,6 +10,7 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     QuantizationType,
 )
+from pydantic import ValidationError
 
 from maca_llmc.errors import CalibrationError
 from maca_llmc.llmcompressor_api import QuantizationMixin, observer_names
@@ -70,11 +71,9 @@ def check_arguments(modifier: Any) -> None:
     for name, scheme in modifier.resolved_config.config_groups.items():
         try:
             QuantizationScheme.model_validate(scheme.model_dump())
-        except ValueError as error:  # pydantic's is one, too
-            said = [line.strip() for line in str(error).splitlines() if "alue error, " in line]
-            raise CalibrationError(
-                f"the recipe's {name}: {said[0].removeprefix('Value error, ') if said else error}"
-            ) from error
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise CalibrationError(f"the recipe's {name}: {said}") from error
         for args in (scheme.weights, scheme.input_activations, scheme.output_activations):
             observer = None if args is None else args.observer
             if observer and observer.lower().replace("-", "_") not in observer_names():

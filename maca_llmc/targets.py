@@ -116,6 +116,7 @@ def check_targets(modifier: Any, model: Any, text_only: bool = True) -> dict[str
         could be of two groups; and for a quantized cache of attention that is ignored
     """
     _check_ignore(model, modifier)
+    _check_names(model, modifier)
     _check_cache(model, modifier)
     targeted = linear_widths(model, modifier.resolved_targets, modifier.ignore)
     if not targeted:
@@ -193,6 +194,17 @@ def _check_embeddings(model: Any, modifier: Any) -> None:
             )
 
 
+def _check_names(model: Any, modifier: Any) -> None:
+    """Expressions may match nothing."""
+    for group, scheme in modifier.resolved_config.config_groups.items():
+        for target in scheme.targets:
+            if not _is_expression(target) and not any(match_named_modules(model, [target])):
+                raise CalibrationError(
+                    f"the recipe's {group} targets {target!r}, which is no module or class of the "
+                    f"model: {_mended(model, target)}"
+                )
+
+
 def _check_groups(model: Any, modifier: Any) -> None:
     owner: dict[str, str] = {}
     for group, scheme in modifier.resolved_config.config_groups.items():
@@ -201,11 +213,6 @@ def _check_groups(model: Any, modifier: Any) -> None:
                 raise CalibrationError(
                     f"the recipe's {owner[target]} and {group} both target {target!r}: leave it "
                     "to one"
-                )
-            if not _is_expression(target) and not any(match_named_modules(model, [target])):
-                raise CalibrationError(
-                    f"the recipe's {group} targets {target!r}, which is no module or class of the "
-                    f"model: {_mended(model, target)}"
                 )
     used = set()
     for name, module in match_named_modules(model, owner, modifier.ignore):

@@ -299,7 +299,7 @@ MACA = "MaCaModifier: {scheme: W4A16, ignore: [lm_head]}"
         ([MACA, MACA], "key 'MaCaModifier' stands twice"),
         ([MACA, "SmoothQuantModifier: {}"], "SmoothQuantModifier would change what is quantized"),
         ([MACA, "SpinQuantModifier: {rotations: [R1]}"], "SpinQuantModifier would change"),
-        (["MaCaModifier: {scheme: W4A16, actorder: group}"], "actorder='group' has been removed"),
+        (["MaCaModifier: {scheme: W4A16, actorder: group}"], "actorder=None instead.$"),
         (["MaCaModifier: {scheme: W4A16, dampening_frac: -0.5}"], "dampening_frac -0.5"),
         (["MaCaModifier: {scheme: W4A16, block_size: 0}"], "block_size 0"),
     ],
