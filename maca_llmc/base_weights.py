@@ -94,7 +94,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _open_files(source: str) -> Iterator[Any]:
-    folder = Path(source) if Path(source).is_dir() else _downloaded(source)
+    folder = folder_of(source)
     for path in [] if folder is None else weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
@@ -254,7 +254,10 @@ def forget_draft_layers(config: dict[str, Any]) -> None:
                 part[key] = 0
 
 
-def _downloaded(source: str) -> Path | None:
+def folder_of(source: str) -> Path | None:
+    """Where a model's files are; None for a hub model of which nothing is downloaded yet."""
+    if Path(source).is_dir():
+        return Path(source)
     try:
         return Path(snapshot_download(source, local_files_only=True))
     except (OSError, ValueError):

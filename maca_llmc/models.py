@@ -31,6 +31,9 @@ from maca_llmc.progress import reading_progress
 
 READ_AT_ONCE = 2**22
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
+"""Where tokenizers of every kind keep their vocabulary."""
+
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -132,10 +135,38 @@ def _file_digest(path: Path, advance: Callable[[int], Any]) -> bytes:
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of ``source``.
 
-    :raises UserError: when there is none
+    :raises UserError: when there is none, or a file of it is damaged
     """
-    with _readable(source):
-        return AutoTokenizer.from_pretrained(source)
+    _check_tokenizer(source)
+    try:
+        with _readable(source):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except UserError as error:
+        if damaged := _damaged_json(source):
+            raise UserError(f"{damaged} is damaged: download it or make it again") from error
+        raise
+    _check_tokenizer(source)  # again: a hub model's files were not there before
+    return tokenizer
+
+
+def _check_tokenizer(source: str) -> None:
+    """Refuse a folder without a vocabulary: transformers would make one of a few tokens up."""
+    folder = base_weights.folder_of(source)
+    if folder is not None and not any(any(folder.glob(kind)) for kind in VOCABULARIES):
+        raise UserError(
+            f"model {source} has no tokenizer (none of {', '.join(VOCABULARIES)}): copy the base's "
+            "tokenizer files into it"
+        )
+
+
+def _damaged_json(source: str) -> Path | None:
+    folder = base_weights.folder_of(source)
+    for path in [] if folder is None else sorted(folder.glob("*token*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return path
+    return None
 
 
 def load_model(source: str, config: Any, dtype: Any = "auto", **extra: Any) -> Any:

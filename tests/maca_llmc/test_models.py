@@ -70,12 +70,23 @@ def test_a_quantized_model_is_refused(copy):
         models.load_config(str(copy))
 
 
-def test_a_missing_tokenizer_is_refused_in_one_line(copy):
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+def test_a_missing_tokenizer_is_refused_in_one_line(copy, kept):
+    """Transformers makes a tokenizer of a few tokens up for some families."""
     for file in copy.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(UserError, match=rf"cannot load model {copy}: ") as caught:
+        if file.name not in kept:
+            file.unlink()
+    with pytest.raises(UserError, match=rf"model {copy} has no tokenizer \(none of ") as caught:
         models.load_tokenizer(str(copy))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{", "", "version https://git-lfs.github.com/spec/v1"])
+def test_a_damaged_tokenizer_file_is_named(copy, name, text):
+    (copy / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{copy / name} is damaged: download it or make it"):
+        models.load_tokenizer(str(copy))
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
