@@ -153,7 +153,8 @@ def separate_experts(model: Any) -> Any:
 
 def _separated(experts: Any, config: Any) -> Any:
     fused: Any = type(experts)
-    made = LinearExperts2D.get_linear_experts_cls(fused)
+    made: Any = LinearExperts2D.get_linear_experts_cls(fused)
+    separate: Any
     try:
         if made is Llama4LinearExperts:
             sizes = (experts.num_experts, experts.hidden_size, experts.expert_dim)

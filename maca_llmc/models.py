@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from compressed_tensors.quantization.utils import is_module_quantized
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -33,6 +34,9 @@ READ_AT_ONCE = 2**22
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 """Where tokenizers of every kind keep their vocabulary."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What weights may be loaded as."""
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -96,6 +100,12 @@ def load_config(source: str) -> Any:
     config = read_config(source)
     if _is_quantized(config):
         raise UserError(f"model {source} is quantized already: give the unquantized one")
+    for part in (config, config.get_text_config()):
+        if getattr(part, "dtype", None) not in (None, *DTYPES):
+            raise UserError(
+                f"model {source} is to be loaded as {part.dtype}: write dtype bfloat16, float16 or "
+                "float32 into its config.json, as its weights are"
+            )
     base_weights.check_unquantized(source, base_weights.read_headers(source))
     return config
 
@@ -243,11 +253,23 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def meta_model(config: Any) -> Any:
-    """The model without weights: its modules and their shapes."""
+    """The model without weights: its modules and their shapes.
+
+    :raises UserError: when transformers cannot make one of the configuration
+    """
     model_class = model_class_of(config)
-    build = getattr(model_class, "_from_config", None) or model_class.from_config
-    with torch.device("meta"):
-        return plain_linears(separate_experts(build(config)))
+    try:
+        build = getattr(model_class, "_from_config", None) or model_class.from_config
+        with torch.device("meta"):
+            return plain_linears(separate_experts(build(config)))
+    except UserError:
+        raise
+    except Exception as error:  # what a wrong number or name leads to is of any type
+        raise UserError(
+            f"cannot make a {model_class.__name__} of the config.json of {config._name_or_path} "
+            f"({type(error).__name__}: {_first_line(error)}): mend it, or take the one that came "
+            "with the weights"
+        ) from error
 
 
 def plain_linears(model: Any) -> Any:
@@ -293,9 +315,15 @@ def processor_files(source: str) -> list[Path]:
 def _readable(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load model {source}: {reason}{_hub_hint(source)}") from error
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        said = f"{_first_line(error)}{_hub_hint(source)}"
+        raise UserError(f"cannot load model {source}: {said}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """The first of what an error says, and the next where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
 
 
 def _hub_hint(source: str) -> str:

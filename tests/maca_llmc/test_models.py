@@ -62,6 +62,23 @@ def test_a_broken_configuration_is_refused_in_one_line(copy, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"hidden_size": "wide"}, "cannot load model .*expected int, got str"),
+        ({"hidden_act": "foo"}, "cannot make a LlamaForCausalLM of .*KeyError: 'foo'.: mend it"),
+        ({"vocab_size": -1}, "cannot make a LlamaForCausalLM of .*negative dimension"),
+        ({"dtype": "float8_e4m3fn"}, "is to be loaded as torch.float8_e4m3fn: write dtype bf"),
+    ],
+)
+def test_a_wrong_number_or_name_in_a_configuration_is_one_line(copy, fields, error):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(UserError, match=error) as caught:
+        models.meta_model(models.load_config(str(copy)))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_quantized_model_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
