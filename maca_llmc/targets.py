@@ -29,6 +29,7 @@ quantization config: routers and gates of experts, two Linears of DeepSeek's spa
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
+    ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
@@ -121,23 +122,16 @@ def check_targets(modifier: Any, model: Any, text_only: bool = True) -> dict[str
     targeted = linear_widths(model, modifier.resolved_targets, modifier.ignore)
     if not targeted:
         raise CalibrationError(_why_nothing(model, modifier))
+    _check_groups(model, modifier)
+    _check_embeddings(model, modifier)
+    if text_only:
+        _check_reached(model, targeted)
     for name in targeted:
         if not _is_plain(module := model.get_submodule(name)):
             raise CalibrationError(
                 f"{name} is a {type(module).__name__}, a Linear of its own kind, which cannot be "
                 f"written quantized: add {name!r} to the recipe's ignore list"
             )
-    _check_groups(model, modifier)
-    _check_embeddings(model, modifier)
-    if not text_only:
-        return targeted
-    reached = _reached_by_text(model)
-    unreached = [name for name in targeted if name not in reached]
-    if unreached:
-        raise CalibrationError(
-            f"the recipe quantizes {len(unreached)} Linears that text does not go through, first "
-            f"{unreached[0]}: add 're:{_branch(unreached[0], reached)}.*' to its ignore list"
-        )
     return targeted
 
 
@@ -192,6 +186,16 @@ def _check_embeddings(model: Any, modifier: Any) -> None:
                 f"the recipe quantizes {name}, an embedding, which is not done here: take it out "
                 f"of the targets, or add {name} to the ignore list"
             )
+
+
+def _check_reached(model: Any, targeted: Iterable[str]) -> None:
+    reached = _reached_by_text(model)
+    unreached = [name for name in targeted if name not in reached]
+    if unreached:
+        raise CalibrationError(
+            f"the recipe quantizes {len(unreached)} Linears that text does not go through, first "
+            f"{unreached[0]}: add 're:{_branch(unreached[0], reached)}.*' to its ignore list"
+        )
 
 
 def _check_names(model: Any, modifier: Any) -> None:

@@ -246,3 +246,13 @@ def test_an_expression_that_ignores_nothing_is_said():
     finally:
         logger.remove(handle)
     assert said == ["the recipe ignores 're:lmhead', which matches nothing in the model"]
+
+
+def test_gate_and_up_by_other_names_are_fused_too():
+    """LFM2's are w1 and w3."""
+    model = shapes("llama")
+    for layer in model.model.layers:
+        layer.mlp.w1, layer.mlp.w3 = layer.mlp.gate_proj, layer.mlp.up_proj
+        del layer.mlp.gate_proj, layer.mlp.up_proj
+    quantizing = modifier(ignore=["lm_head", "re:.*w3"])
+    assert unlike_siblings([quantizing], model) == "w1, w3 of model.layers.0.mlp"
