@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedModel,
 )
+from transformers.models.falcon.modeling_falcon import FalconLinear, FalconPreTrainedModel
 from transformers.utils import cached_file
 
 from maca_llmc import base_weights, smollm2
@@ -193,6 +195,7 @@ def load_model(source: str, config: Any, dtype: Any = "auto", **extra: Any) -> A
         _readable(source),
         noting_findings(model_class) as found,
         loading_separate_experts(model_class, config.model_type),
+        _initializing_nothing() if _is_quantized(config) else nullcontext(),
     ):
         model = model_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **extra)
     base_weights.refuse_sizes(source, found["mismatched_keys"])
@@ -205,8 +208,26 @@ def load_model(source: str, config: Any, dtype: Any = "auto", **extra: Any) -> A
         # again: a hub model's files were not there before
         base_weights.check_unquantized(source, base_weights.read_headers(source))
         base_weights.check_finite(source, model)
+    elif dtype != "auto":
+        _cast_unquantized(model, dtype)
     keep_expert_names(model)
     return plain_linears(model).eval()
+
+
+def _cast_unquantized(model: Any, dtype: torch.dtype) -> None:
+    """Have routers of experts in the dtype asked for: of a quantized model they keep their own."""
+    for module in model.modules():
+        if not is_module_quantized(module):
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _initializing_nothing() -> Iterator[None]:
+    """While open, leave out Falcon's initialization, which asks Linears of codes for weights."""
+    with patch_attr(FalconPreTrainedModel, "_init_weights", PreTrainedModel._init_weights):
+        yield
 
 
 @contextmanager
@@ -278,8 +299,8 @@ def plain_linears(model: Any) -> Any:
     compressed-tensors would write a subclass as it is, and promise codes.
     """
     for module in model.modules():
-        if type(module).__name__ == "FalconLinear":
-            module.__class__ = torch.nn.Linear
+        if type(module) is FalconLinear:
+            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
     return model
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from maca_llmc import base_weights, models, planning, quantize
 from maca_llmc.base_weights import branches, draft_layers, read_headers, weight_files
 from maca_llmc.errors import UserError
+from maca_llmc.evaluation import load_dequantized
 from maca_llmc.record import RECORD_FILE
 
 
@@ -183,6 +184,17 @@ def test_linears_that_are_spelled_otherwise_are_written_as_codes(tiny_models, tm
     output = run(tiny_models("falcon"), tmp_path / "out")
     written = read_headers(str(output))
     assert sum(name.endswith("weight_packed") for name in written) == 2 * 4
+
+
+@pytest.mark.parametrize("family", ["falcon", "mixtral", "lfm2_moe", "llama4_text"])
+def test_what_was_written_is_read_for_an_evaluation(tiny_models, tmp_path, family):
+    folder = tiny_models(family)
+    read = load_dequantized(str(run(folder, tmp_path / "out")), torch.device("cpu"))
+    base = load_dequantized(str(folder), torch.device("cpu"))
+    ids = torch.arange(20, 60).unsqueeze(0)
+    with torch.no_grad():
+        found, expected = read(ids).logits.float(), base(ids).logits.float()
+    assert 0 < torch.linalg.norm(found - expected) / torch.linalg.norm(expected) < 0.3
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
