@@ -240,9 +240,7 @@ def tune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in it when done.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a killed run was.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
 ) -> None:
     """Tune CHECKPOINT towards BASE: same format, same size, same kernels, closer answers."""
     folder = _showing_warnings(maca_llmc.tune)(

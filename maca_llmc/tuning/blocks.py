@@ -12,6 +12,7 @@ from maca_llmc.tuning.integers import IntegerWeight, linears
 from maca_llmc.tuning.layer import LayerResult, LayerTuner, Stream
 from maca_llmc.tuning.options import BlockOptions
 from maca_llmc.tuning.rounding import RoundedWeight
+from maca_llmc.tuning.sensitivity import channel_sensitivity
 from maca_llmc.tuning.windows import batches_of, hold_out
 
 CPU = torch.device("cpu")
@@ -50,6 +51,7 @@ def tune_blocks(
     """
     lengths = [len(window) for window in windows]
     train, held = hold_out(lengths)
+    sensitivity = _sensitivity(base, windows, options, seed)
     full, quantized = (_stream(model, windows, dtype) for model in (base, student))
     batches = batches_of(range(len(windows)), lengths, options.batch_tokens)
     names = {module: name for name, module in student.named_modules()}
@@ -70,7 +72,15 @@ def tune_blocks(
                 for name in modules
             }
             tuner = LayerTuner(
-                layer, index, modules, rounded, quantized, full.hidden, lengths, options
+                layer,
+                index,
+                modules,
+                rounded,
+                quantized,
+                full.hidden,
+                lengths,
+                options,
+                sensitivity[index],
             )
             for module in modules.values():
                 _weight(module).requires_grad_(True)
@@ -88,6 +98,15 @@ def tune_blocks(
         quantized.advance(layer, index, batches)
         original.to("meta")  # it has done its work
     return tuned, results
+
+
+def _sensitivity(
+    base: Any, windows: list[torch.Tensor], options: BlockOptions, seed: int
+) -> list[torch.Tensor]:
+    layers = decoder_layers(base)
+    if options.sensitivity:
+        return channel_sensitivity(base, layers, windows, options.batch_tokens, seed)
+    return [torch.ones(2, base.config.get_text_config().hidden_size) for _ in layers]
 
 
 def _weight(module: torch.nn.Module) -> torch.Tensor:

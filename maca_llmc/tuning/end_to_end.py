@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import tqdm
-from torch.utils.checkpoint import checkpoint
 
 from maca_llmc.tuning.divergence import Answers, WeightedDivergence, divergence, top_answers
 from maca_llmc.tuning.integers import IntegerWeight, linears
@@ -99,11 +98,6 @@ class ScaleTuner:
             bias: Any = module.bias
             self.linears[name] = ScaledLinear(weights[name].to(student.device), bias)
             student.set_submodule(name, self.linears[name])
-
-    def recompute(self, layers: list[torch.nn.Module]) -> None:
-        """Have layers run again in the backward pass instead of keeping their activations."""
-        for layer in layers:
-            layer.forward = _recomputed(layer.forward)
 
     def train(
         self, seed: int, progress: Progress, keep: Callable[[Progress], None]
@@ -193,15 +187,6 @@ class ScaleTuner:
 
     def _factors(self) -> dict[str, torch.Tensor]:
         return {n: linear.log_factor.detach().cpu().clone() for n, linear in self.linears.items()}
-
-
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
 
 
 def _schedule(step: int, total: int) -> float:

@@ -77,15 +77,21 @@ class BlockLoss:
 
     :param lengths: tokens of every window
     :param options: exponent and first token's weight
+    :param sensitivity: of the layer's channels, see ``sensitivity.py``
     """
 
-    def __init__(self, lengths: list[int], options: BlockOptions) -> None:
+    def __init__(
+        self, lengths: list[int], options: BlockOptions, sensitivity: torch.Tensor
+    ) -> None:
         self._weights = {length: token_weights(length, options) for length in set(lengths)}
+        self._first, self._others = sensitivity
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weighted squared error, summed; both ``[windows, T, d]``."""
         weights = self._weights[output.shape[1]].to(output.device)
-        return ((output.float() - target.float()).square().sum(-1) * weights).sum()
+        squares = (output.float() - target.float()).square()
+        first = (squares[:, 0] @ self._first.to(output.device)) * weights[0]
+        return first.sum() + ((squares[:, 1:] @ self._others.to(output.device)) * weights[1:]).sum()
 
     def size(self, target: torch.Tensor) -> float:
         """The same of the target itself."""
@@ -121,10 +127,11 @@ class LayerTuner:
     targets: HiddenStates
     lengths: list[int]
     options: BlockOptions
+    sensitivity: torch.Tensor
 
     def tune(self, train: list[int], held: list[int], seed: int) -> LayerResult:
         """Take the steps; ``rounded`` and the layer are left at what was best on ``held``."""
-        loss = BlockLoss(self.lengths, self.options)
+        loss = BlockLoss(self.lengths, self.options, self.sensitivity)
         held_batches = batches_of(held, self.lengths, self.options.batch_tokens)
         size = sum(loss.size(self._target(batch)) for batch in held_batches)
         self._put()

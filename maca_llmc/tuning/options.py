@@ -15,6 +15,7 @@ class BlockOptions:
     :param length_exponent: p of the token weight ``L^-p``
     :param first_token_weight: how many times the weight of its window's tokens the first one gets
     :param check_every: steps between two looks at held-out windows
+    :param sensitivity: weigh errors of channels by what they cost in the end
     """
 
     steps: int = 50
@@ -25,6 +26,7 @@ class BlockOptions:
     length_exponent: float = 1.0
     first_token_weight: float = 1.0
     check_every: int = 10
+    sensitivity: bool = True
 
 
 @dataclass(frozen=True)

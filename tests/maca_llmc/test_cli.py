@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from loguru import logger
 from safetensors.torch import load_file, save_file
 from tiny import random_text
@@ -23,6 +22,10 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 
 
+HUGE = 3e38
+"""A weight that is finite, while what it gives is not."""
+
+
 @pytest.fixture(scope="module")
 def here(tiny_models, tmp_path_factory):
     """A folder with a model, data and recipes, good and bad."""
@@ -31,9 +34,9 @@ def here(tiny_models, tmp_path_factory):
     shutil.copytree(model, folder / "weightless")
     (folder / "weightless" / "model.safetensors").unlink()
 
-    weights = load_file(shutil.copytree(model, folder / "nan") / "model.safetensors")
-    weights["model.layers.0.post_attention_layernorm.weight"][5] = float("nan")
-    save_file(weights, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+    weights = load_file(shutil.copytree(model, folder / "huge") / "model.safetensors")
+    weights["model.layers.0.post_attention_layernorm.weight"][5] = HUGE
+    save_file(weights, folder / "huge" / "model.safetensors", metadata={"format": "pt"})
 
     rows = [json.dumps({"text": text}) for text in random_text()]
     (folder / "data.jsonl").write_text("\n".join(rows))
@@ -127,10 +130,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(here, monkeypatch, capsys,
     assert tree(here) == before
 
 
-def test_nan_in_activations_names_the_module(here, monkeypatch, capsys):
+def test_infinity_in_activations_names_the_module(here, monkeypatch, capsys):
     """The bar has been shown by then: the error is the last line, and the only one of its kind."""
     before = tree(here)
-    code, _, lines = run(monkeypatch, capsys, "quantize", *options(here, model=here / "nan"))
+    code, _, lines = run(monkeypatch, capsys, "quantize", *options(here, model=here / "huge"))
     assert code == 2
     errors = [line for line in lines if "error" in line.lower()]
     expected = "error: model.layers.0.mlp.gate_proj: its inputs hold NaN or infinity; check"
@@ -345,12 +348,6 @@ def test_help_and_usage_errors_do_not_wait_for_torch():
     assert done.returncode == 0 and "--scales" in done.stdout, done.stderr
     done = process(started, "quantize", "--bits", "4")
     assert done.returncode == 2 and done.stderr.startswith("error: No such option: --bits")
-
-
-def test_poisoned_weights_are_really_poisoned(here):
-    """The guard of the NaN test."""
-    weights = load_file(here / "nan" / "model.safetensors")
-    assert sum(int(torch.isnan(tensor).sum()) for tensor in weights.values()) == 1
 
 
 def test_embedded_model_links_to_the_cache(tmp_path, monkeypatch, capsys):
