@@ -36,9 +36,9 @@ from accuracy_arms import (
 from tqdm import tqdm
 
 import maca_llmc
-from maca_llmc import record
+from maca_llmc.common import record
 from maca_llmc.data import read_documents
-from maca_llmc.evaluation import Reference
+from maca_llmc.evaluation.divergence import Reference
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CALIBRATION = DATA / "calibration" / "wiki_articles.jsonl"

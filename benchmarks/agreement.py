@@ -23,8 +23,10 @@ from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 from llmcompressor.modifiers.gptq.helpers import accumulate_hessian, make_empty_hessian
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maca_llmc import MaCaModifier, build_calibration_set, pipeline, record
-from maca_llmc.smollm2 import embedded_model
+from maca_llmc import MaCaModifier, build_calibration_set
+from maca_llmc.calibrate import pipeline
+from maca_llmc.common import record
+from maca_llmc.model.smollm2 import embedded_model
 
 RESULT = Path(__file__).parent / "results" / "agreement.json"
 THREADS = 2

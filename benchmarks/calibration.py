@@ -24,8 +24,8 @@ from shapes import LLAMA_8B
 from tables import markdown
 from tqdm import tqdm
 
-from maca_llmc import record
-from maca_llmc.smollm2 import embedded_model
+from maca_llmc.common import record
+from maca_llmc.model.smollm2 import embedded_model
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "calibration.json"

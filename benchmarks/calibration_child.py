@@ -180,8 +180,10 @@ def run_stock(model, data, case):
 def run_ours(model, data, case, folder):
     """MaCa through the layer pipeline, keeping finished layers on disk as the command does."""
     import maca_llmc.modifier as modifier_module
-    from maca_llmc import MaCaModifier, hessian, hidden_states, losses, pipeline, stacks
-    from maca_llmc.state import RunState, layer_tensors
+    from maca_llmc import MaCaModifier
+    from maca_llmc.calibrate import hidden_states, pipeline
+    from maca_llmc.gptq import hessian, losses, stacks
+    from maca_llmc.run.state import RunState, layer_tensors
 
     class Keeper:
         def __init__(self):
@@ -226,7 +228,7 @@ def run_ours(model, data, case, folder):
 
 def warm_up_compiled_sweep() -> None:
     """Compile or load the sweep before the clock starts, as Triton kernels would be cached too."""
-    from maca_llmc.compiled_sweep import sweep_block
+    from maca_llmc.gptq.cpu_sweep import sweep_block
 
     work = torch.ones(2, 4)
     sweep_block(work, torch.eye(4), work.clone(), None, (-8, 7), work.clone(), work.clone())

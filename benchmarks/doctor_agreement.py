@@ -17,12 +17,12 @@ import tempfile
 from pathlib import Path
 
 from maca_serve import diagnose
-from maca_serve.checkpoint import open_checkpoint
-from maca_serve.engine import Engine
-from maca_serve.errors import EngineError, RequestError, UserError
-from maca_serve.fit import fit
-from maca_serve.machine import describe_machine, require_vllm, versions
-from maca_serve.repacking import repack
+from maca_serve.common.errors import EngineError, RequestError, UserError
+from maca_serve.common.machine import describe_machine, require_vllm, versions
+from maca_serve.engine.engine import Engine
+from maca_serve.engine.fit import fit
+from maca_serve.formats.checkpoint import open_checkpoint
+from maca_serve.formats.repacking import repack
 from maca_serve.verification.checks import NOT_CHECKED, PASS, check_kernel
 from tables import markdown
 from tqdm import tqdm

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from maca_llmc import models
+from maca_llmc.model import loading
 
 EVEN = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 ODD = {"hidden_size": 240, "intermediate_size": 496, "head_dim": 64}
@@ -160,7 +160,7 @@ def words(rows: int, columns: int) -> torch.Tensor:
 def unquantized(shape: dict) -> tuple[Any, Any]:
     """A model of random weights, and the embedded model's tokenizer."""
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer(models.resolve_model("smollm2-135m-instruct"))
+    tokenizer = loading.load_tokenizer(loading.resolve_model("smollm2-135m-instruct"))
     common = {
         "model_type": "llama",
         "vocab_size": len(tokenizer),

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tables import markdown
 
-from maca_llmc import record
+from maca_llmc.common import record
 
 RESULT = Path(__file__).parent / "results" / "hessian_products.json"
 THREADS = 2

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/linear_products.py   # writes results/linear_products.json
 
-``maca_llmc.device.fast_linears`` takes the second way where torch has AVX2 only. One thread,
+``maca_llmc.common.device.fast_linears`` takes the second way where torch has AVX2 only. One thread,
 alternating, the best of each; shapes are those of SmolLM2-135M and Qwen2.5 0.5B, heads included.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from tables import markdown
 
-from maca_llmc import record
-from maca_llmc.device import Float32Linears
+from maca_llmc.common import record
+from maca_llmc.common.device import Float32Linears
 
 RESULT = Path(__file__).parent / "results" / "linear_products.json"
 SHAPES = ((2048, 576, 1536), (512, 896, 4864), (96, 896, 151936), (16, 576, 1536), (1, 576, 1536))

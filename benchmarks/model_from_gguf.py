@@ -14,7 +14,7 @@ from gguf import GGUFReader, TokenType
 from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import generate_merges
 
-from maca_llmc.smollm2 import load_gguf
+from maca_llmc.model.smollm2 import load_gguf
 
 
 def convert(file: Path, target: Path) -> None:

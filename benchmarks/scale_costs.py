@@ -17,14 +17,15 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from tables import markdown
 
-from maca_llmc import models, record
+from maca_llmc.common import record
+from maca_llmc.common.defaults import MODEL
 from maca_llmc.data import build_calibration_set
-from maca_llmc.defaults import MODEL
-from maca_llmc.hessian import add_rows, mirror
+from maca_llmc.gptq.hessian import add_rows, mirror
+from maca_llmc.gptq.losses import row_energies
+from maca_llmc.gptq.scales import column_costs, search_scales
+from maca_llmc.gptq.solve import Factor, factorize, sweep
 from maca_llmc.llmcompressor_api import gptq_block_update
-from maca_llmc.losses import row_energies
-from maca_llmc.scales import column_costs, search_scales
-from maca_llmc.solve import Factor, factorize, sweep
+from maca_llmc.model import loading
 
 RESULT = Path(__file__).parent / "results" / "scale_costs.json"
 LAYERS = (1, 14, 27)
@@ -39,9 +40,9 @@ SCHEMES = {
 @torch.no_grad()
 def capture() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Weight and Hessian of some modules."""
-    source = models.resolve_model(MODEL)
-    model = models.load_model(source, models.load_config(source), torch.bfloat16).eval()
-    data = build_calibration_set(models.load_tokenizer(source), scales=(512,), tokens=8192)
+    source = loading.resolve_model(MODEL)
+    model = loading.load_model(source, loading.load_config(source), torch.bfloat16).eval()
+    data = build_calibration_set(loading.load_tokenizer(source), scales=(512,), tokens=8192)
     found = {}
     for layer in LAYERS:
         for kind in KINDS:

@@ -24,18 +24,18 @@ import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from maca_serve.breakeven import describe_loads
-from maca_serve.checkpoint import open_all
+from maca_serve.common.machine import describe_machine, physical_cpus, require_vllm
+from maca_serve.common.results import write_json
 from maca_serve.doctor import diagnose
 from maca_serve.doctor.speeds import FILE as SPEEDS
 from maca_serve.doctor.speeds import kind
-from maca_serve.fit import Fit, fit
-from maca_serve.loads import Load
-from maca_serve.machine import describe_machine, physical_cpus, require_vllm
-from maca_serve.measure import measure
-from maca_serve.results import write_json
-from maca_serve.settings import SpeedSettings
-from maca_serve.speed_view import Grid, speed_grids
+from maca_serve.engine.fit import Fit, fit
+from maca_serve.formats.checkpoint import open_all
+from maca_serve.measuring.measure import measure
+from maca_serve.measuring.settings import SpeedSettings
+from maca_serve.reporting.speed_view import Grid, speed_grids
+from maca_serve.speed.breakeven import describe_loads
+from maca_serve.speed.loads import Load
 from random_checkpoints import make
 from tables import markdown
 

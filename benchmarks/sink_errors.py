@@ -18,10 +18,11 @@ import torch
 from accuracy import EVALUATION, quantize
 from accuracy_arms import HERE, KEY, METHODS, SCHEMES, identity
 
-from maca_llmc import models, record
+from maca_llmc.common import record
 from maca_llmc.data import build_calibration_set
-from maca_llmc.evaluation import load_dequantized
+from maca_llmc.evaluation.divergence import load_dequantized
 from maca_llmc.llmcompressor_api import decoder_layers
+from maca_llmc.model import loading
 
 RESULT = HERE / "results" / "sink_errors.json"
 LENGTH, TOKENS = 512, 8192
@@ -57,8 +58,8 @@ def compare(base: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 
 def measure(model: str, cells: list[dict], checkpoints: Path) -> dict[str, list[dict]]:
     """By method, each layer's errors."""
-    source = models.resolve_model(model)
-    tokenizer = models.load_tokenizer(source)
+    source = loading.resolve_model(model)
+    tokenizer = loading.load_tokenizer(source)
     data = build_calibration_set(tokenizer, source=EVALUATION, scales=(LENGTH,), tokens=TOKENS)
     batches = list(data.dataloader(2048))
 

@@ -23,9 +23,10 @@ from accuracy import CALIBRATION
 from accuracy_arms import HERE, MIXED, TOKENS
 from tqdm import tqdm
 
-from maca_llmc import models, record
+from maca_llmc.common import record
 from maca_llmc.data import build_calibration_set
 from maca_llmc.llmcompressor_api import decoder_layers
+from maca_llmc.model import loading
 
 RESULT = HERE / "results" / "sink_sensitivity.json"
 SEED = 0
@@ -83,12 +84,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     arguments = parser.parse_args()
-    source = models.resolve_model(arguments.model)
+    source = loading.resolve_model(arguments.model)
     data = build_calibration_set(
-        models.load_tokenizer(source), source=CALIBRATION, scales=MIXED, tokens=TOKENS, seed=SEED
+        loading.load_tokenizer(source), source=CALIBRATION, scales=MIXED, tokens=TOKENS, seed=SEED
     )
     sequences = [row for batch in data.dataloader(1) for row in batch["input_ids"]]
-    model = models.load_model(source, models.load_config(source), torch.float32).eval()
+    model = loading.load_model(source, loading.load_config(source), torch.float32).eval()
     content = json.loads(RESULT.read_text()) if RESULT.exists() else {"models": {}}
     content["models"][Path(arguments.model).name] = {
         "sequences": len(sequences),

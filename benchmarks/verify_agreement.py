@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from maca_serve import verify
-from maca_serve.results import write_json
+from maca_serve.common.results import write_json
 from tables import markdown
 
 RESULTS = Path(__file__).parent / "results" / "verify_agreement.json"

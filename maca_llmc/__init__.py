@@ -31,21 +31,21 @@ if AS_COMMAND:
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 
 if find_spec("llmcompressor") is not None and not AS_COMMAND:
-    from maca_llmc import cpu_backend  # noqa: F401  # registers the compiled sweep
     from maca_llmc.data import build_calibration_set
-    from maca_llmc.evaluation import evaluate
+    from maca_llmc.evaluation.divergence import evaluate
+    from maca_llmc.gptq import cpu_backend  # noqa: F401  # registers the compiled sweep
     from maca_llmc.modifier import MaCaModifier
-    from maca_llmc.planning import plan
-    from maca_llmc.quantize_run import quantize
+    from maca_llmc.planning.plans import plan
+    from maca_llmc.run.quantize_run import quantize
     from maca_llmc.tuning.run import tune
 
 else:
     HOMES = {
         "MaCaModifier": "modifier",
         "build_calibration_set": "data",
-        "evaluate": "evaluation",
-        "plan": "planning",
-        "quantize": "quantize_run",
+        "evaluate": "evaluation.divergence",
+        "plan": "planning.plans",
+        "quantize": "run.quantize_run",
         "tune": "tuning.run",
     }
 
@@ -55,5 +55,5 @@ else:
             raise AttributeError(name)  # also for submodules, which are looked up here first
         if find_spec("llmcompressor") is None:
             raise ImportError(MISSING)
-        import_module("maca_llmc.cpu_backend")
+        import_module("maca_llmc.gptq.cpu_backend")
         return getattr(import_module(f"maca_llmc.{HOMES[name]}"), name)

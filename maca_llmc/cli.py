@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 import maca_llmc
-from maca_llmc import defaults
-from maca_llmc.errors import UserError
-from maca_llmc.files import unwritable_parent, write_json
+from maca_llmc.common import defaults
+from maca_llmc.common.errors import UserError
+from maca_llmc.common.files import unwritable_parent, write_json
 from maca_llmc.signatures import same_parameters_as
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ def _showing_warnings(call: Callable[..., Any]) -> Callable[..., Any]:
 
     :param call: of ours, so that llm-compressor is imported: it sets up logging when it is
     """
-    from maca_llmc.progress import log_warnings_once  # brings torch
+    from maca_llmc.common.progress import log_warnings_once  # brings torch
 
     log_warnings_once()
     return call
@@ -87,7 +87,7 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
 
 def _print_versions(wanted: bool) -> None:
     if wanted:
-        from maca_llmc import record
+        from maca_llmc.common import record
 
         for package, number in record.versions().items():
             print(package, number)  # noqa: T201
@@ -202,7 +202,9 @@ def quantize(
 @same_parameters_as(quantize)
 def plan_run(**flags: Any) -> None:
     """What quantize would do with the same flags, and what it would take; loads no weights."""
-    from maca_llmc.plan_table import print_plan  # brings torch, which takes seconds to import
+    from maca_llmc.planning.plan_table import (
+        print_plan,  # brings torch, which takes seconds to import
+    )
 
     flags["scales"] = _numbers(flags["scales"], "--scales")
     print_plan(_showing_warnings(maca_llmc.plan)(flags.pop("output"), **flags))
@@ -313,7 +315,7 @@ def embedded_model(
     link: Annotated[Path, typer.Argument(help="Link to make, for commands that want a folder.")],
 ) -> None:
     """Convert the embedded model on first use and link to its folder in the cache."""
-    from maca_llmc import smollm2
+    from maca_llmc.model import smollm2
 
     folder = smollm2.embedded_model()
     link.parent.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 from transformers.monkey_patching import clear_patch_mapping
 
-from maca_llmc.errors import UserError
+from maca_llmc.common.errors import UserError
 
 __all__ = [
     "CalibrationPipeline",

@@ -10,11 +10,24 @@ from compressed_tensors.utils import getattr_chain
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
 
-from maca_llmc.asymmetry import feedback
-from maca_llmc.causality import refuse_length_dependence
-from maca_llmc.errors import CalibrationError
-from maca_llmc.hessian import fill_dead_columns, mirror
-from maca_llmc.inspection import DiagonalRecorder
+from maca_llmc.common.errors import CalibrationError
+from maca_llmc.gptq.gptaq import feedback
+from maca_llmc.gptq.hessian import fill_dead_columns, mirror
+from maca_llmc.gptq.moments import Moments
+from maca_llmc.gptq.nesting import refuse_length_dependence
+from maca_llmc.gptq.ranks import (
+    agree_on_groups,
+    agree_on_scale,
+    broadcast_followers,
+    failing_together,
+    world_size,
+)
+from maca_llmc.gptq.scales import search_scales
+from maca_llmc.gptq.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
+from maca_llmc.gptq.shared_inputs import Group, Input, SharedInputs, changed_in_place
+from maca_llmc.gptq.solve import Factor, NotPositiveDefiniteError, factorize
+from maca_llmc.gptq.stacks import cut_batches, quantize_stacks, row_stacks
+from maca_llmc.gptq.token_weights import Segment, sequence_segments, total_weight
 from maca_llmc.llmcompressor_api import (
     GPTQModifier,
     ModifierFactory,
@@ -27,23 +40,10 @@ from maca_llmc.llmcompressor_api import (
     keep_causal_masks,
     restore_gptq_progress,
 )
-from maca_llmc.moments import Moments
-from maca_llmc.ranks import (
-    agree_on_groups,
-    agree_on_scale,
-    broadcast_followers,
-    failing_together,
-    world_size,
-)
-from maca_llmc.scales import search_scales
-from maca_llmc.schemes import check_order, check_schemes
-from maca_llmc.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
-from maca_llmc.shared_inputs import Group, Input, SharedInputs, changed_in_place
-from maca_llmc.solve import Factor, NotPositiveDefiniteError, factorize
-from maca_llmc.stacks import cut_batches, quantize_stacks, row_stacks
-from maca_llmc.targets import UNFUSED, check_overlap, unlike_siblings
-from maca_llmc.token_weights import Segment, sequence_segments, total_weight
-from maca_llmc.written import check_set, mark_unset
+from maca_llmc.recipe.schemes import check_order, check_schemes
+from maca_llmc.recipe.targets import UNFUSED, check_overlap, unlike_siblings
+from maca_llmc.run.diagonals import DiagonalRecorder
+from maca_llmc.run.written import check_set, mark_unset
 
 __all__ = ["MaCaModifier"]
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from maca_llmc import defaults
+from maca_llmc.common import defaults
+from maca_llmc.common.errors import UserError
 from maca_llmc.data.chats import render
 from maca_llmc.data.rows import Document
 from maca_llmc.data.sources import Source, describe_source, read_documents
 from maca_llmc.data.windows import crowding, cut_windows, take_whole, window_counts
-from maca_llmc.errors import UserError
 
 
 @dataclass(frozen=True)

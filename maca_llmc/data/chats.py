@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from maca_llmc.errors import UserError
+from maca_llmc.common.errors import UserError
 
 Message: TypeAlias = dict[str, Any]
 

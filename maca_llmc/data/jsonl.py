@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maca_llmc.errors import UserError
+from maca_llmc.common.errors import UserError
 
 
 def read_text(path: Path) -> str:

@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 from loguru import logger
 
+from maca_llmc.common.errors import UserError
+from maca_llmc.common.progress import tell
 from maca_llmc.data.chats import Chat, Message, chat_in_text, is_chat, read_chat, read_tools
-from maca_llmc.errors import UserError
-from maca_llmc.progress import tell
 
 Document: TypeAlias = str | list[Message]
 

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from maca_llmc.errors import UserError
+from maca_llmc.common.errors import UserError
 
 
 def window_counts(scales: Sequence[int], tokens: int, balance: str) -> dict[int, int]:

@@ -5,9 +5,9 @@ from typing import Any, Protocol
 import torch
 import tqdm
 
-from maca_llmc.hidden_states import HiddenStates
+from maca_llmc.calibrate.hidden_states import HiddenStates
+from maca_llmc.calibrate.pipeline import record_batches
 from maca_llmc.llmcompressor_api import calibration_forward, decoder_layers, disable_offloading
-from maca_llmc.pipeline import record_batches
 from maca_llmc.tuning.integers import IntegerWeight, linears
 from maca_llmc.tuning.layer import LayerResult, LayerTuner, Stream
 from maca_llmc.tuning.options import BlockOptions

@@ -9,7 +9,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from maca_llmc.errors import UserError
+from maca_llmc.common.errors import UserError
 from maca_llmc.tuning.integers import IntegerWeight
 
 BITS = range(2, 9)

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import torch
 
-from maca_llmc.state import RunState
+from maca_llmc.run.state import RunState
 from maca_llmc.tuning.end_to_end import Progress
 from maca_llmc.tuning.integers import IntegerWeight
 from maca_llmc.tuning.layer import LayerResult

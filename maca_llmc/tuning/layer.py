@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from maca_llmc.hidden_states import HiddenStates
-from maca_llmc.pipeline import Call, move
-from maca_llmc.token_weights import sequence_segments
+from maca_llmc.calibrate.hidden_states import HiddenStates
+from maca_llmc.calibrate.pipeline import Call, move
+from maca_llmc.gptq.token_weights import sequence_segments
 from maca_llmc.tuning.options import BlockOptions
 from maca_llmc.tuning.rounding import RoundedWeight
 from maca_llmc.tuning.windows import Batch, batches_of, steps

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from maca_llmc import defaults, models, record
+from maca_llmc.common import defaults, record
+from maca_llmc.common.device import compute_on, product_dtype, resolve_device
+from maca_llmc.common.errors import UserError
+from maca_llmc.common.files import write_json
+from maca_llmc.common.progress import tell, tell_calibration
+from maca_llmc.common.resource_errors import named_faults
 from maca_llmc.data import CalibrationSet, build_calibration_set
-from maca_llmc.device import compute_on, product_dtype, resolve_device
-from maca_llmc.errors import UserError
-from maca_llmc.evaluation import check_quantized, check_same_model, load_dequantized
-from maca_llmc.faults import named_faults
-from maca_llmc.files import write_json
+from maca_llmc.evaluation.divergence import check_quantized, check_same_model, load_dequantized
 from maca_llmc.llmcompressor_api import decoder_layers
-from maca_llmc.output import check_output, resolve_output
-from maca_llmc.progress import tell, tell_calibration
-from maca_llmc.state import RunState
+from maca_llmc.model import loading
+from maca_llmc.run.output import check_output, resolve_output
+from maca_llmc.run.state import RunState
 from maca_llmc.tuning.blocks import tune_blocks
 from maca_llmc.tuning.checkpoint import read_weights, write_weights
 from maca_llmc.tuning.end_to_end import BaseAnswers, Progress, ScaleTuner
@@ -62,7 +63,7 @@ class Tuning:
         return {
             "command": "tune",
             "checkpoint": _hash_of(self.checkpoint),
-            "base": models.weights_identity(self.base, models.read_config(self.base)),
+            "base": loading.weights_identity(self.base, loading.read_config(self.base)),
             "data": self.calibration.record()["sha256"],
             "seed": self.calibration.seed,
             "blocks": json.dumps(self.blocks and asdict(self.blocks)),
@@ -130,17 +131,17 @@ def tune(
     if not blocks and not end_to_end:
         raise UserError("--no-blocks --no-end-to-end: nothing is left to do, drop one")
     check_output(output, str(checkpoint), overwrite, resume)
-    source = models.resolve_model(base)
-    config = models.load_config(source)
+    source = loading.resolve_model(base)
+    config = loading.load_config(source)
     check_same_model(base, config, checkpoint, check_quantized(checkpoint))
     target = resolve_device(device)
     compute_on(target)
-    context = models.context_length(config)
+    context = loading.context_length(config)
     run = Tuning(
         checkpoint=checkpoint,
         base=source,
         calibration=build_calibration_set(
-            models.load_tokenizer(source),
+            loading.load_tokenizer(source),
             source=data,
             scales=lengths or [n for n in defaults.SCALES if context is None or n <= context],
             tokens=tokens,

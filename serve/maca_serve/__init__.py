@@ -17,14 +17,14 @@ Each command of `maca-serve` is a function here, with the same defaults:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from maca_serve.errors import EngineError, IncompleteError, RequestError, UserError
+from maca_serve.common.errors import EngineError, IncompleteError, RequestError, UserError
 
 if TYPE_CHECKING:
-    from maca_serve.comparison import compare
     from maca_serve.doctor import diagnose
-    from maca_serve.measure import accuracy, throughput
-    from maca_serve.repacking import repack
-    from maca_serve.serving import up
+    from maca_serve.engine.launch import up
+    from maca_serve.formats.repacking import repack
+    from maca_serve.measuring.comparison import compare
+    from maca_serve.measuring.measure import accuracy, throughput
     from maca_serve.verification import verify
 
 __version__ = "0.1.0"
@@ -44,12 +44,12 @@ __all__ = [
 
 # Imported on first use: `maca-serve --help` must not wait for matplotlib and transformers.
 _HOMES = {
-    "accuracy": "maca_serve.measure",
-    "compare": "maca_serve.comparison",
+    "accuracy": "maca_serve.measuring.measure",
+    "compare": "maca_serve.measuring.comparison",
     "diagnose": "maca_serve.doctor",
-    "repack": "maca_serve.repacking",
-    "throughput": "maca_serve.measure",
-    "up": "maca_serve.serving",
+    "repack": "maca_serve.formats.repacking",
+    "throughput": "maca_serve.measuring.measure",
+    "up": "maca_serve.engine.launch",
     "verify": "maca_serve.verification",
 }
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from maca_serve.console import err, out
-from maca_serve.errors import EngineError, IncompleteError, UserError
-from maca_serve.options import (
+from maca_serve.common.console import err, out
+from maca_serve.common.errors import EngineError, IncompleteError, UserError
+from maca_serve.common.options import (
     Concurrency,
     Folder,
     Folders,
@@ -37,8 +37,9 @@ from maca_serve.options import (
     split,
     split_tasks,
 )
-from maca_serve.process import SAFE_PATH
-from maca_serve.settings import (
+from maca_serve.engine.process import SAFE_PATH
+from maca_serve.evaluation.tasks import CONTINUATION
+from maca_serve.measuring.settings import (
     CONCURRENCY,
     INPUT_LEN,
     LENGTHS,
@@ -47,7 +48,6 @@ from maca_serve.settings import (
     REPEATS,
     WINDOWS,
 )
-from maca_serve.tasks import CONTINUATION
 
 app = typer.Typer(
     name="maca-serve",
@@ -63,7 +63,7 @@ HERE = "here"
 
 def _print_versions(wanted: bool) -> None:
     if wanted:
-        from maca_serve.machine import versions
+        from maca_serve.common.machine import versions
 
         for name, number in versions().items():
             _say(f"{name} {number or '(not installed)'}")
@@ -110,11 +110,11 @@ def up(
     ] = None,
 ) -> None:
     """Serve a checkpoint until Ctrl-C, and say which kernel vLLM chose."""
-    from maca_serve import serving
+    from maca_serve.engine import launch
 
-    engine = serving.up(
+    engine = launch.up(
         folder,
-        port=serving.usual_port(host) if port is None else port,
+        port=launch.usual_port(host) if port is None else port,
         max_model_len=max_model_len,
         host=host,
         api_key=api_key,
@@ -124,12 +124,12 @@ def up(
         vllm_flags=vllm_flags or (),
     )
     engine.any_port = port is None
-    if port is None and engine.port != serving.PORT:
-        _warn(f"port {serving.PORT} is taken: using {engine.port}")
+    if port is None and engine.port != launch.PORT:
+        _warn(f"port {launch.PORT} is taken: using {engine.port}")
     if not (engine.local or engine.api_key):
         _warn(f"whoever reaches {host} may use it: set VLLM_API_KEY, or a --host of this machine")
     with engine:
-        for line in serving.describe(engine):
+        for line in launch.describe(engine):
             _say(line)
         engine.wait()
 
@@ -147,7 +147,7 @@ def accuracy(
     output: Output = None,
 ) -> None:
     """Perplexity by input length and multiple choice, through the running vLLM."""
-    from maca_serve import measure
+    from maca_serve.measuring import measure
 
     results = measure.accuracy(
         folders,
@@ -177,7 +177,7 @@ def throughput(
     output: Output = None,
 ) -> None:
     """Latency and throughput by `vllm bench serve`: TTFT, TPOT, end to end, tokens per second."""
-    from maca_serve import measure
+    from maca_serve.measuring import measure
 
     results = measure.throughput(
         folders,
@@ -218,10 +218,10 @@ def compare(
     ),
 ) -> None:
     """Accuracy and throughput of quantized checkpoints beside their base, with a report."""
-    from maca_serve.checkpoint import tell_apart
+    from maca_serve.formats.checkpoint import tell_apart
 
     tell_apart([base, *folders], split(names))  # before what takes seconds to import
-    from maca_serve import comparison
+    from maca_serve.measuring import comparison
 
     results = comparison.compare(
         base,
@@ -295,7 +295,7 @@ def repack(
     container: Annotated[int, typer.Option(help="Bits of a container: 4.")] = 4,
 ) -> None:
     """Put 2- or 3-bit weights into 4-bit containers, same values, for kernels that want 4 bits."""
-    from maca_serve.repacking import repack
+    from maca_serve.formats.repacking import repack
 
     made = repack(folder, output, container=container)
     _say(
@@ -368,7 +368,7 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _show(results: dict[str, Any], path: Path | None) -> None:
-    from maca_serve.tables import result_tables
+    from maca_serve.reporting.tables import result_tables
 
     for table in result_tables(results, out.width) if results["checkpoints"] else ():
         out.print(table)

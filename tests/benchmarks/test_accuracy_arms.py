@@ -4,7 +4,7 @@ import pytest
 from accuracy_arms import METHODS, MIXED, TOKENS
 
 from maca_llmc.data.windows import window_counts
-from maca_llmc.token_weights import sequence_segments
+from maca_llmc.gptq.token_weights import sequence_segments
 
 
 def test_the_arm_of_gptqmodel_weighs_lengths_as_its_buckets_do():

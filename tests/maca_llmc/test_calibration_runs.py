@@ -8,9 +8,10 @@ from tiny import random_text, save_tiny_model, tiny_tokenizer
 from transformers.utils import chat_template_utils
 
 import maca_llmc
-from maca_llmc import ask_doctor, models
-from maca_llmc.errors import UserError
-from maca_llmc.resume import LayerKeeper
+from maca_llmc.common.errors import UserError
+from maca_llmc.model import loading
+from maca_llmc.planning import ask_doctor
+from maca_llmc.run.resume import LayerKeeper
 
 DATED = (
     "{{ strftime_now('%d %b %Y %H:%M:%S %f') }}"
@@ -32,7 +33,7 @@ def chats(tmp_path, count=24):
 @pytest.mark.parametrize("added", [True, False], ids=["a token of the text", "the vocabulary"])
 def test_ids_without_an_embedding_are_refused_before_loading(tmp_path, monkeypatch, added):
     monkeypatch.setattr(ask_doctor, "find_doctor", lambda: None)
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("was loaded"))
     tokenizer = tiny_tokenizer()
     text = random_text()
     if added:

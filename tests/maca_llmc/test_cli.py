@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny import random_text
 
 import maca_llmc
-from maca_llmc import cli, defaults, plan_table, record
-from maca_llmc.prepare import prepare
+from maca_llmc import cli
+from maca_llmc.common import defaults, record
+from maca_llmc.planning import plan_table
+from maca_llmc.run.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"

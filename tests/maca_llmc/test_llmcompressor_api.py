@@ -29,7 +29,8 @@ from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from tiny import loader, random_sequences
 from watching import linears
 
-from maca_llmc import MaCaModifier, llmcompressor_api, models
+from maca_llmc import MaCaModifier, llmcompressor_api
+from maca_llmc.model import loading
 
 RELEASE = "0.14.0.1"
 
@@ -241,18 +242,18 @@ def test_computing_on_decides_where_the_pipeline_computes(tiny_model, monkeypatc
 
 
 def test_decoder_layers_are_those_that_text_goes_through(tiny_models):
-    config = models.load_config(str(tiny_models("gemma3")))
-    layers = llmcompressor_api.decoder_layers(models.meta_model(config))
+    config = loading.load_config(str(tiny_models("gemma3")))
+    layers = llmcompressor_api.decoder_layers(loading.meta_model(config))
     assert [type(layer).__name__ for layer in layers] == ["Gemma3DecoderLayer"] * 2
 
 
 def test_experts_on_meta_are_named_and_shaped_as_loaded_ones(tiny_models):
     source = str(tiny_models("qwen3_moe"))
-    config = models.load_config(source)
+    config = loading.load_config(source)
     loaded = {
-        name: module.weight.shape for name, module in linears(models.load_model(source, config))
+        name: module.weight.shape for name, module in linears(loading.load_model(source, config))
     }
-    assert {n: m.weight.shape for n, m in linears(models.meta_model(config))} == loaded
+    assert {n: m.weight.shape for n, m in linears(loading.meta_model(config))} == loaded
     assert sum("experts" in name for name in loaded) == 2 * 4 * 3
 
 
@@ -260,7 +261,7 @@ def test_loaded_experts_hold_the_checkpoints_weights(tiny_models):
     """Also without torchvision, without which llm-compressor's own way fails."""
     source = str(tiny_models("qwen3_moe"))
     fused = transformers.AutoModelForCausalLM.from_pretrained(source)
-    separate = models.load_model(source, models.load_config(source))
+    separate = loading.load_model(source, loading.load_config(source))
     sequence = random_sequences([9])[0][None]
     with torch.no_grad():
         expected, found = fused(sequence).logits, separate(sequence).logits

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from maca_serve import machine
 from maca_serve.cli import app
-from maca_serve.errors import UserError
-from maca_serve.fit import cpu_dtype
+from maca_serve.common import machine
+from maca_serve.common.errors import UserError
+from maca_serve.engine.fit import cpu_dtype
 from typer.testing import CliRunner
 
 MAIN = [sys.executable, "-c", "from maca_serve.cli import main; main()"]
@@ -118,7 +118,7 @@ def test_lists_that_are_none(fake_vllm, quantized, text, arguments, says):
 
 def test_names_that_collide_are_told_at_once(quantized, monkeypatch):
     # Nothing of this can be imported.
-    monkeypatch.setitem(sys.modules, "maca_serve.comparison", None)
+    monkeypatch.setitem(sys.modules, "maca_serve.measuring.comparison", None)
     done = CliRunner().invoke(app, ["compare", str(quantized), str(quantized)])
     assert isinstance(done.exception, UserError)
     assert "are both named 'w4'; tell them apart with --names" in str(done.exception)

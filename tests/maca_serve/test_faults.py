@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 from maca_serve import UserError, cli, compare, throughput, up
-from maca_serve import engine as engine_module
-from maca_serve.engine import claim_port
+from maca_serve.engine import engine as engine_module
+from maca_serve.engine.engine import claim_port
 from packed import MODEL, write_packed
 from safetensors.torch import load_file, save_file
 
@@ -225,7 +225,7 @@ def test_port_taken_between_check_and_start(fake_vllm, quantized, left_behind, m
     says = f"did not start: port {other} was taken meanwhile"
     for given, cure in ((None, " (log"), (other, "; choose another with --port (log")):
         with monkeypatch.context() as patch:
-            patch.setattr("maca_serve.serving.claim_port", lambda *_: other)
+            patch.setattr("maca_serve.engine.launch.claim_port", lambda *_: other)
             with pytest.raises(UserError) as error:
                 up(quantized, port=given).__enter__()
         assert says + cure in str(error.value)
@@ -250,7 +250,7 @@ def test_up_takes_another_port_where_none_was_asked_for(
     fake_vllm, quantized, left_behind, monkeypatch, capsys, other
 ):
     chosen = [other]
-    monkeypatch.setattr("maca_serve.serving.claim_port", lambda host, port: other)
+    monkeypatch.setattr("maca_serve.engine.launch.claim_port", lambda host, port: other)
     monkeypatch.setattr(
         engine_module,
         "claim_port",

@@ -12,9 +12,10 @@ import psutil
 import pytest
 import torch
 from lm_eval_tasks import CHOICE, write_task
-from maca_serve import UserError, accuracy, compare, harness, throughput, up
-from maca_serve.bench import Benchmark
-from maca_serve.client import Client
+from maca_serve import UserError, accuracy, compare, throughput, up
+from maca_serve.engine.client import Client
+from maca_serve.evaluation import harness
+from maca_serve.speed.bench import Benchmark
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 FOLDER = os.environ.get("MACA_TEST_CHECKPOINTS")

@@ -9,7 +9,7 @@ from tiny import random_text
 from transformers import AutoConfig, CompressedTensorsConfig
 
 import maca_llmc
-from maca_llmc.models import model_class_of
+from maca_llmc.model.loading import model_class_of
 
 DATA = {"data": random_text(), "scales": [8, 16, 32], "tokens": 128}
 """A calibration of a few short sequences."""

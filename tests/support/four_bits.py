@@ -1,7 +1,7 @@
 """What vLLM can run on this CPU, for the tests with the real engine."""
 
 import pytest
-from maca_serve.fit import cpu_dtype
+from maca_serve.engine.fit import cpu_dtype
 
 RUN = cpu_dtype() == "bfloat16"
 """vLLM's CPU build has 4-bit kernels for AVX-512 only."""

@@ -11,7 +11,7 @@ CHOICE = {
     "doc_to_choice": "{{choices}}",
     "doc_to_target": "{{answer}}",
 }
-"""Asks what `maca_serve.tasks` asks of the same row."""
+"""Asks what `maca_serve.evaluation.tasks` asks of the same row."""
 GENERATE = {
     "output_type": "generate_until",
     "doc_to_text": "{{question}}",

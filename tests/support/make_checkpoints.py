@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 
 import maca_llmc
 from maca_llmc.data import EVALUATION_SAMPLE, read_documents
-from maca_llmc.smollm2 import embedded_model
+from maca_llmc.model.smollm2 import embedded_model
 
 ROOT = Path(__file__).parents[2]
 PROMPT_LENGTHS = (16, 64, 200)

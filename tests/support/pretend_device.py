@@ -144,7 +144,10 @@ class Elsewhere:
 
 
 def _run(function, args, kwargs):
-    from maca_llmc import evaluation, hidden_states, prepare, stacks
+    from maca_llmc.calibrate import hidden_states
+    from maca_llmc.evaluation import divergence
+    from maca_llmc.gptq import stacks
+    from maca_llmc.run import prepare
 
     if not hasattr(torch, NAME):
         torch.set_num_threads(1)
@@ -168,7 +171,7 @@ def _run(function, args, kwargs):
     with (
         mock.patch.object(stacks, "gptq_block_update", update_as_on_cuda),
         mock.patch.object(prepare, "resolve_device", device),
-        mock.patch.object(evaluation, "resolve_device", device),
+        mock.patch.object(divergence, "resolve_device", device),
         mock.patch.object(hidden_states.HiddenStates, "put", put_where_told),
         pretending() as counts,
     ):

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from typing import Any
 
-from maca_serve.console import err
-from maca_serve.enginelog import find_cause, tail
-from maca_serve.errors import EngineError, UserError
-from maca_serve.machine import require_vllm
-from maca_serve.process import start_group, stop_group
+from maca_serve.common.console import err
+from maca_serve.common.errors import EngineError, UserError
+from maca_serve.common.machine import require_vllm
+from maca_serve.engine.enginelog import find_cause, tail
+from maca_serve.engine.process import start_group, stop_group
 
 LOG_TAIL = 15
 # vLLM's imports take some 20 s on two cores; a question itself takes seconds.

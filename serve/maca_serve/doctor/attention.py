@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from maca_serve.errors import one_line
+from maca_serve.common.errors import one_line
 
 Answer = dict[str, Any]
 

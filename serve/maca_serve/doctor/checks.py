@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from maca_serve.common.errors import UserError
 from maca_serve.doctor.headers import Tensor, read_headers, read_integers
 from maca_serve.doctor.layouts import Expected, Scheme, expected, known, module_size, words
 from maca_serve.doctor.scales import find_scales, read_values
 from maca_serve.doctor.schemes import scheme_finder
-from maca_serve.errors import UserError
 
 GROUP_SIZES = (128, 64, 32)
 # A module with one of these is quantized; a plain one has `weight` alone (and maybe `bias`).

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maca_serve.checkpoint import open_checkpoint
+from maca_serve.common.errors import UserError
 from maca_serve.doctor import findings
 from maca_serve.doctor.asking import ask
 from maca_serve.doctor.checks import (
@@ -20,8 +20,8 @@ from maca_serve.doctor.checks import (
 from maca_serve.doctor.headers import read_headers
 from maca_serve.doctor.loadable import describe_tensors
 from maca_serve.doctor.variants import variants
-from maca_serve.errors import UserError
-from maca_serve.scheme import describe_scheme
+from maca_serve.formats.checkpoint import open_checkpoint
+from maca_serve.formats.schemes import describe_scheme
 
 Diagnosis = dict[str, Any]
 # Of CUDA cards from Maxwell to Blackwell; newer ones are not known to the vLLM that is pinned.

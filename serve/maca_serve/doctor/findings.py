@@ -4,12 +4,12 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from maca_serve.common.machine import describe_machine
 from maca_serve.doctor.checks import Contents, Problem, heads_misfit
 from maca_serve.doctor.layer_problems import CHANGES, layer_problems
 from maca_serve.doctor.loadable import loading_problems
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.doctor.traps import wants_positive
-from maca_serve.machine import describe_machine
 
 Entry = dict[str, Any]
 LOADS, CONDITIONAL, FAILS, UNKNOWN = "loads", "conditional", "does not load", "unknown"

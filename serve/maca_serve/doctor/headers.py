@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from maca_serve.errors import UserError
+from maca_serve.common.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 # The format's own limit: a longer header means that the file is something else.

@@ -4,12 +4,12 @@ import re
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
-from maca_serve.checkpoint import Checkpoint
-from maca_serve.console import err
+from maca_serve.common.console import err
+from maca_serve.common.errors import UserError
 from maca_serve.doctor.asking import ask
 from maca_serve.doctor.checks import Problem
 from maca_serve.doctor.headers import Tensor, read_headers
-from maca_serve.errors import UserError
+from maca_serve.formats.checkpoint import Checkpoint
 
 _AGAIN = "download or quantize it again"
 # vLLM lists the names that it has: one line for each of them is enough.

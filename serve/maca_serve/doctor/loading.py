@@ -20,12 +20,12 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maca_serve.common.errors import one_line
 from maca_serve.doctor.building import on_ranks
 from maca_serve.doctor.experts_trace import accepting_experts
 from maca_serve.doctor.fusing import renamer
 from maca_serve.doctor.hf_config import write_config
 from maca_serve.doctor.trace import accepting
-from maca_serve.errors import one_line
 
 Answer = dict[str, Any]
 # {name: [safetensors' name of the type, shape]}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from maca_serve.errors import one_line
+from maca_serve.common.errors import one_line
 
 
 def parse(quantization: dict[str, Any], config: dict[str, Any], model: Any) -> Any:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from maca_serve.common.errors import UserError
 from maca_serve.doctor.layouts import Inputs, Scheme
-from maca_serve.errors import UserError
 
 SchemeOf = Callable[[str], Scheme | None]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from maca_serve.common.errors import one_line
 from maca_serve.doctor.attention import ask_attention
 from maca_serve.doctor.building import Linear, Subject, as_rank_of
 from maca_serve.doctor.experts import Experts, FusedExperts, gather, is_expert
@@ -27,7 +28,6 @@ from maca_serve.doctor.simulation import (
     simulate,
 )
 from maca_serve.doctor.trace import CANNOT_BE_ASKED, Recorder, kernels
-from maca_serve.errors import one_line
 
 Answer = dict[str, Any]
 _NUMBER = re.compile(r"\b\d+\b")

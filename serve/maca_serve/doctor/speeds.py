@@ -11,8 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from maca_serve.breakeven import MARGIN
 from maca_serve.doctor.checks import Problem
+from maca_serve.speed.breakeven import MARGIN
 
 FILE = "assets/kernel_speeds.json"
 
@@ -33,7 +33,7 @@ def no_faster(kernel: str, machine: dict[str, Any], layer: str) -> Problem | Non
 
     Args:
         kernel: the kernel's class name.
-        machine: the one at hand, see `maca_serve.machine.describe_machine`.
+        machine: the one at hand, see `maca_serve.common.machine.describe_machine`.
         layer: where it would run.
     """
     for found in read_speeds():

@@ -29,7 +29,7 @@ import os
 import sys
 from typing import Any
 
-from maca_serve.fit import WEIGHTS_ONLY
+from maca_serve.engine.fit import WEIGHTS_ONLY
 
 Answer = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from maca_serve.client import Answer
+from maca_serve.engine.client import Answer
 from maca_serve.verification.checks import Check, held, not_checked
 from maca_serve.verification.prompts import Prompt
 

@@ -3,7 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from maca_serve.enginelog import find_experts, find_kernels, find_weights_memory, name_experts
+from maca_serve.engine.enginelog import (
+    find_experts,
+    find_kernels,
+    find_weights_memory,
+    name_experts,
+)
 
 PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
 GIB = 1024**3

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from maca_serve.client import Answer, Client
+from maca_serve.engine.client import Answer, Client
 from maca_serve.verification.prompts import NEW_TOKENS, Prompt
 
 # Most likely tokens asked for at every place; vLLM gives 20 at most.

@@ -1,9 +1,9 @@
 """Short and long prompts of the package's English sample, the same for every checkpoint."""
 
-from maca_serve.checkpoint import Checkpoint
-from maca_serve.corpus import load_tokenizer, read_corpus, tokenize
-from maca_serve.errors import UserError
-from maca_serve.windows import cut_spans, window_input
+from maca_serve.common.errors import UserError
+from maca_serve.evaluation.corpus import load_tokenizer, read_corpus, tokenize
+from maca_serve.evaluation.windows import cut_spans, window_input
+from maca_serve.formats.checkpoint import Checkpoint
 
 # Tokens of a prompt: how many there are. Many short ones, for their means to say something.
 COUNTS = {32: 8, 128: 4, 512: 2, 2048: 1}

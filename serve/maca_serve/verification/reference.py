@@ -1,7 +1,7 @@
 """The checkpoint in transformers on this machine's CPU, its weights dequantized by our own code.
 
 Nothing is left to the compressed-tensors of this environment: it reads 3 bits wrongly (see
-`maca_serve.packing`), and rounds activations otherwise than vLLM (see `rounding`).
+`maca_serve.formats.packing`), and rounds activations otherwise than vLLM (see `rounding`).
 """
 
 from collections import defaultdict
@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from maca_serve.checkpoint import Checkpoint
-from maca_serve.dequantization import FORMATS, dequantize
+from maca_serve.common.machine import available_memory
 from maca_serve.doctor.checks import check
 from maca_serve.doctor.headers import Tensor, read_headers
 from maca_serve.doctor.layouts import Inputs, Scheme
 from maca_serve.doctor.schemes import scheme_finder
-from maca_serve.machine import available_memory
+from maca_serve.formats.checkpoint import Checkpoint
+from maca_serve.formats.dequantization import FORMATS, dequantize
 from maca_serve.verification.rounding import RoundedLinear, can_round
 
 GIB = 1024**3
@@ -56,7 +56,7 @@ def load_reference(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) 
     """The model in bfloat16, ready to be asked.
 
     Args:
-        checkpoint: not quantized, or in a format of `maca_serve.dequantization`, its activations
+        checkpoint: not quantized, or in a format of `maca_serve.formats.dequantization`, its activations
             as they are or rounded in a way of `rounding.can_round`.
         dtype: what the engine computes in, to which it rounds the scales of weights when it loads
             them; tools of GPTQ, AWQ and AutoRound store them in float16.

@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from maca_serve.checkpoint import Checkpoint, open_checkpoint, require_same_model
-from maca_serve.console import progress
+from maca_serve.common.console import progress
+from maca_serve.common.errors import BrokenAnswerError, UserError
+from maca_serve.common.machine import describe_machine, require_vllm, versions
+from maca_serve.common.ranks import Ranks, check_ranks
 from maca_serve.doctor import diagnose
 from maca_serve.doctor.checks import require_sound
 from maca_serve.doctor.headers import read_headers
 from maca_serve.doctor.loadable import require_loadable
 from maca_serve.doctor.view import in_one_line
-from maca_serve.engine import Engine
-from maca_serve.enginelog import find_dtype
-from maca_serve.errors import BrokenAnswerError, UserError
-from maca_serve.fit import fit
-from maca_serve.machine import describe_machine, require_vllm, versions
-from maca_serve.ranks import Ranks, check_ranks
+from maca_serve.engine.engine import Engine
+from maca_serve.engine.enginelog import find_dtype
+from maca_serve.engine.fit import fit
+from maca_serve.formats.checkpoint import Checkpoint, open_checkpoint, require_same_model
 from maca_serve.verification import agreement
 from maca_serve.verification.checks import (
     FAIL,

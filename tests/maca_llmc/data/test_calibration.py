@@ -5,9 +5,9 @@ import pytest
 import torch
 from datasets import Dataset
 
+from maca_llmc.common.errors import UserError
 from maca_llmc.data import build_calibration_set
 from maca_llmc.data.calibration import check_ids, special_prefix
-from maca_llmc.errors import UserError
 
 BOS = 1  # its id in conftest's vocabulary
 

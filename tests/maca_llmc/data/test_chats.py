@@ -6,10 +6,10 @@ import pytest
 from datasets import Dataset
 from jinja2 import TemplateError
 
+from maca_llmc.common.errors import UserError
 from maca_llmc.data import build_calibration_set, read_documents
 from maca_llmc.data.calibration import tokenize
 from maca_llmc.data.chats import render
-from maca_llmc.errors import UserError
 
 CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
 PLAIN = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] | trim }} <end> {% endfor %}"

@@ -4,8 +4,8 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
+from maca_llmc.common.errors import UserError
 from maca_llmc.data import CALIBRATION_SAMPLE, describe_source, read_documents
-from maca_llmc.errors import UserError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 

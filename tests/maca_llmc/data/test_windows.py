@@ -1,5 +1,6 @@
 import pytest
 
+from maca_llmc.common.errors import UserError
 from maca_llmc.data.windows import (
     WindowCutter,
     crowding,
@@ -7,7 +8,6 @@ from maca_llmc.data.windows import (
     take_whole,
     window_counts,
 )
-from maca_llmc.errors import UserError
 
 
 def numbered(*lengths):

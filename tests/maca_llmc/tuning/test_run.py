@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny import WIDE, random_text, save_tiny_model
 
 import maca_llmc
-from maca_llmc.errors import UserError
-from maca_llmc.evaluation import load_dequantized
-from maca_llmc.record import RECORD_FILE
+from maca_llmc.common.errors import UserError
+from maca_llmc.common.record import RECORD_FILE
+from maca_llmc.evaluation.divergence import load_dequantized
 from maca_llmc.tuning import run as tuning_run
 from maca_llmc.tuning.checkpoint import read_weights, write_weights
 from maca_llmc.tuning.options import BlockOptions, EndToEndOptions

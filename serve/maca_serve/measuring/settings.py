@@ -1,0 +1,129 @@
+"""What is measured, and the defaults of every command."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maca_serve.common.errors import UserError
+from maca_serve.evaluation.tasks import CONTINUATION
+from maca_serve.speed.loads import PEAK_SHARES, Load
+
+# On two cores vLLM scores some 700 tokens of a 135M model a second: with these, a checkpoint
+# takes less than two minutes, of which the start of the engine is almost one.
+LENGTHS = (64, 256, 1024)
+WINDOWS = 12
+LIMIT = 32
+CONCURRENCY = (1, 4)
+INPUT_LEN = (128,)
+OUTPUT_LEN = 32
+REPEATS = 2
+AUTO = "auto"
+# Arrivals of a rate are measured for about this long, with at least so many requests.
+RATE_SECONDS, RATE_PROMPTS = 20, 8
+SEED = 0
+
+
+@dataclass(frozen=True)
+class AccuracySettings:
+    """Perplexity by length and multiple choice.
+
+    Attributes:
+        text: evaluation text, .txt or .jsonl; the package's sample when None.
+        lengths: increasing input lengths in tokens; `context` is the model's.
+        windows: target blocks of 32 tokens, the same under every length.
+        tasks: JSONL files, `continuation`, `needle`, `copy`, `usual`, or lm-eval task names.
+        limit: at most this many questions of each task.
+        seed: of draws of questions and wrong choices.
+    """
+
+    text: Path | None = None
+    lengths: tuple[int | str, ...] = LENGTHS
+    windows: int = WINDOWS
+    tasks: tuple[str, ...] = (CONTINUATION,)
+    limit: int = LIMIT
+    seed: int = SEED
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a limit without a standard error."""
+        if self.limit < 2:
+            raise UserError(f"--limit: {self.limit} gives no standard error; use at least 2")
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """Latency and throughput by vLLM's own benchmark; lists of loads are put in order.
+
+    Attributes:
+        concurrency: requests in flight, one run for each.
+        input_len: random prompt tokens of a request, every concurrency for each.
+        output_len: output tokens of a request, end-of-text ignored.
+        prompts: requests of a run; when None, two for each in flight, or RATE_SECONDS of
+            arrivals, at least RATE_PROMPTS.
+        rates: requests per second, one run for each; AUTO for shares of what the first checkpoint
+            reached; none when empty.
+        repeats: runs of every checkpoint under every load, in alternating order.
+        seed: of the prompts and of their arrivals.
+    """
+
+    concurrency: tuple[int, ...] = CONCURRENCY
+    input_len: tuple[int, ...] = INPUT_LEN
+    output_len: int = OUTPUT_LEN
+    prompts: int | None = None
+    rates: tuple[float, ...] | str = ()
+    repeats: int = REPEATS
+    seed: int = SEED
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers that are not positive, or an empty or repeated list."""
+        for option, number in {"--prompts": self.prompts, "--repeats": self.repeats}.items():
+            if number is not None and number < 1:
+                raise UserError(f"{option}: {number} is not positive")
+        if self.output_len < 2:
+            raise UserError(f"--output-len: {self.output_len} has no time per output token; use 2")
+        _check_list("--concurrency", self.concurrency, "1,4")
+        _check_list("--input-len", self.input_len, "32,512")
+        if isinstance(self.rates, str):
+            if self.rates != AUTO:
+                raise UserError(f"--rates: {self.rates!r} is not {AUTO}, nor numbers like 0.5,1")
+        elif self.rates:
+            _check_list("--rates", self.rates, "0.5,1,2")
+            object.__setattr__(self, "rates", tuple(sorted(self.rates)))
+        for name in ("concurrency", "input_len"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and output."""
+        return max(self.input_len) + self.output_len
+
+    @property
+    def closed_loads(self) -> list[Load]:
+        """Every concurrency at every prompt length."""
+        return [Load(n, concurrency=c) for n in self.input_len for c in self.concurrency]
+
+    @property
+    def count(self) -> int:
+        """Loads, those by rate included."""
+        rates = len(PEAK_SHARES) if self.rates == AUTO else len(self.rates)
+        return len(self.input_len) * (len(self.concurrency) + rates)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as they go into results."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+    def prompts_under(self, load: Load) -> int:
+        """Requests of a run."""
+        if self.prompts:
+            return self.prompts
+        if load.rate is not None:
+            return max(RATE_PROMPTS, math.ceil(RATE_SECONDS * load.rate))
+        assert load.concurrency is not None
+        return 2 * load.concurrency
+
+
+def _check_list(option: str, numbers: tuple[float, ...], example: str) -> None:
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise UserError(f"{option}: give positive numbers, e.g. {example}")
+    if len(set(numbers)) != len(numbers):
+        raise UserError(f"{option}: a number stands twice")
