@@ -45,8 +45,8 @@ def check_schemes(modifier: Any, model: Any, text_only: bool = True) -> None:
     :param text_only: calibration is on text
 
     :raises CalibrationError: for no scheme at all, for targets that
-        :func:`~maca_llmc.recipe.targets.check_targets` refuses, a head that is the embedding, for schemes
-        that could not be written as they are computed or that vLLM reads of no model, or a group
+        :func:`~maca_llmc.recipe.targets.check_targets` refuses, a head that is the embedding, for
+        schemes that could not be written as they are computed or that vLLM reads of no model, or a group
         or block size that does not divide a width; says which group sizes would
     """
     check_arguments(modifier)

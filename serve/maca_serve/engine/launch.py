@@ -49,7 +49,7 @@ def up(
             environment when None.
         tensor_parallel: ranks that share every layer.
         pipeline_parallel: ranks that share the stack of layers.
-        threads: CPU cores to compute on, divided among the ranks; see `maca_serve.engine.fit` when None.
+        threads: CPU cores to compute on, divided among the ranks; None: see `engine.fit`.
         vllm_flags: further flags for `vllm serve`.
 
     Raises:

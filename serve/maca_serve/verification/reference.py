@@ -56,7 +56,7 @@ def load_reference(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) 
     """The model in bfloat16, ready to be asked.
 
     Args:
-        checkpoint: not quantized, or in a format of `maca_serve.formats.dequantization`, its activations
+        checkpoint: not quantized, or in a format of `formats.dequantization`, its activations
             as they are or rounded in a way of `rounding.can_round`.
         dtype: what the engine computes in, to which it rounds the scales of weights when it loads
             them; tools of GPTQ, AWQ and AutoRound store them in float16.

@@ -3,13 +3,27 @@
 import pytest
 import torch
 from llmcompressor import oneshot
-from tiny import FAMILIES, loader, random_sequences, tiny_config
+from tiny import loader, random_sequences, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from watching import SCHEME
 
 from maca_llmc import MaCaModifier
 from maca_llmc.model import loading
 from maca_llmc.planning.distinct_inputs import distinct_inputs, forward_flops
+
+
+FAMILIES = [
+    "llama",
+    "qwen3",
+    "gemma3_text",
+    "qwen3_moe",
+    "qwen2_moe",
+    "hunyuan_v1_moe",
+    "mixtral",
+    "minimax_m2",
+    "lfm2_moe",
+]
+"""Those whose Linears are all quantized by this test's recipe."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
