@@ -46,8 +46,8 @@ def check_schemes(modifier: Any, model: Any, text_only: bool = True) -> None:
 
     :raises CalibrationError: for no scheme at all, for targets that
         :func:`~maca_llmc.recipe.targets.check_targets` refuses, a head that is the embedding, for
-        schemes that could not be written as they are computed or that vLLM reads of no model, or a group
-        or block size that does not divide a width; says which group sizes would
+        schemes that could not be written as they are computed or that vLLM reads of no model, or a
+        group or block size that does not divide a width; says which group sizes would
     """
     check_arguments(modifier)
     _check_given(modifier)

@@ -11,7 +11,6 @@ from maca_llmc import MaCaModifier
 from maca_llmc.model import loading
 from maca_llmc.planning.distinct_inputs import distinct_inputs, forward_flops
 
-
 FAMILIES = [
     "llama",
     "qwen3",
