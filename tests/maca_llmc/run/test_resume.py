@@ -29,7 +29,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from checkpoints import quantize
-from maca_llmc import models, quantize_run, record, state
+from maca_llmc.model import loading
+from maca_llmc.run import quantize_run, state
 from maca_llmc.run.resume import LayerKeeper
 
 def kill_at(owner, name, when, after=False):
@@ -50,7 +51,7 @@ elif moment == "before the second layer counts":
 elif moment == "after the second layer":
     kill_at(LayerKeeper, "keep", lambda self, layer: self.finished == 2, after=True)
 elif moment == "while saving":
-    kill_at(models, "save_model", lambda *args: True, after=True)
+    kill_at(loading, "save_model", lambda *args: True, after=True)
 elif moment == "before it is renamed":
     kill_at(Path, "rename", lambda self, target: self.name == "checkpoint")
 elif moment == "before it is put in place":
