@@ -23,7 +23,8 @@ MAIN = "from maca_serve import cli; cli.main()"
 # Stands still where a function of ours would run, and says that it got there.
 STALL = """
 import pathlib, tempfile, time
-from maca_serve import cli, comparison, results
+from maca_serve import cli
+from maca_serve.measuring import comparison
 def stall(*_, **__):
     pathlib.Path(tempfile.gettempdir(), "reached").touch()
     time.sleep(600)
@@ -125,9 +126,13 @@ child = "import os, pathlib, time; os.fork(); \\
 pathlib.Path(os.environ['FAKE_VLLM_REACHED']).touch(); time.sleep(600)"
 asking.start_group = lambda _, *rest, **pipes: start([sys.executable, "-c", child], *rest, **pipes)
 """
-COPYING = STALL.format(place="from maca_serve import measure; measure.copy_bandwidth = stall")
+COPYING = STALL.format(
+    place="from maca_serve.measuring import measure; measure.copy_bandwidth = stall"
+)
 OUT = ("--output", "out")
-REPACKING = STALL.format(place="from maca_serve import repacking; repacking.save_file = stall")
+REPACKING = STALL.format(
+    place="from maca_serve.formats import repacking; repacking.save_file = stall"
+)
 
 
 @pytest.mark.parametrize(
