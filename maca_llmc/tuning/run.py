@@ -95,8 +95,8 @@ def tune(
     output: str | Path,
     *,
     base: str = defaults.MODEL,
-    blocks: bool = True,
-    end_to_end: bool = True,
+    blocks: BlockOptions | bool = True,
+    end_to_end: EndToEndOptions | bool = True,
     data: Any = None,
     lengths: Sequence[int] | None = None,
     tokens: int = defaults.TOKENS,
@@ -117,7 +117,7 @@ def tune(
     :param checkpoint: folder of a compressed-tensors checkpoint with integer weights
     :param output: folder to make
     :param base: the unquantized model: a folder, a hub name or the embedded model's name
-    :param blocks: run the first stage; so ``end_to_end`` the second
+    :param blocks: run the first stage, True as it is by default; so ``end_to_end`` the second
     :param data: see :func:`maca_llmc.build_calibration_set`; so ``lengths`` (there ``scales``),
         ``tokens``, ``text_column``, ``split``, ``config_name`` and ``seed``
     :param device: "auto", "cpu", "cuda" or "cuda:N"
@@ -154,8 +154,8 @@ def tune(
         weights=read_weights(checkpoint),
         device=target,
         dtype=product_dtype(target),
-        blocks=BlockOptions() if blocks else None,
-        end_to_end=EndToEndOptions() if end_to_end else None,
+        blocks=(BlockOptions() if blocks is True else blocks) or None,
+        end_to_end=(EndToEndOptions() if end_to_end is True else end_to_end) or None,
     )
     if not hold_out(run.calibration.lengths)[1]:
         raise UserError(
