@@ -12,7 +12,7 @@ DRAWS = 2000
 
 
 def exact(model, layer):
-    """``E_a[(d log p(a) / d y)^2]``, summed over the tokens that answer, for each token and channel.
+    """``E_a[(d log p(a) / d y)^2]``, summed over the tokens that answer, by token and channel.
 
     Answers at different tokens are independent and their scores have no mean, so that the square of
     the sum is the sum of the squares.
