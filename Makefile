@@ -34,13 +34,13 @@ setup: .venv/.installed .venv-serve/.installed-$(SERVE)
 	$(PYTHON) -m venv --clear .venv-serve
 	$(ENGINE)/pip install -q $(TORCH)
 	$(ENGINE)/pip install -q --no-deps -r requirements/serve-cpu.txt
-	$(ENGINE)/pip install -q --no-deps --no-build-isolation ./serve/vllm-cpu-stub -e ./serve
+	$(ENGINE)/pip install -q --no-deps --no-build-isolation ./serve/vllm-cpu-stub -e . -e ./serve
 	touch $@
 
 .venv-serve/.installed-cuda: requirements/serve-cuda.txt serve/pyproject.toml
 	$(PYTHON) -m venv --clear .venv-serve
 	$(ENGINE)/pip install -q --no-deps -r requirements/serve-cuda.txt
-	$(ENGINE)/pip install -q --no-deps --no-build-isolation -e ./serve
+	$(ENGINE)/pip install -q --no-deps --no-build-isolation -e . -e ./serve
 	touch $@
 
 # The main job on the embedded model: GPTQ at one length against MaCa at several, as many tokens.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from maca_llmc.common.errors import CalibrationError, UserError
+from maca_llmc.common.errors import CalibrationError, UserError, first_line
 from maca_llmc.common.resource_errors import is_disk_full, is_out_of_memory
 from maca_llmc.llmcompressor_api import QuantizationMixin
 
@@ -75,8 +75,7 @@ def named_refusals(modifiers: Sequence[Any]) -> Iterator[None]:
         failed = next((m for m in transforms(modifiers) if any(m is one for one in own)), None)
         if failed is None:
             raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{type(failed).__name__} does not take this model: {said}: give it mappings that fit, "
-            "or leave it out"
+            f"{type(failed).__name__} does not take this model: {first_line(error)}: give "
+            "it mappings that fit, or leave it out"
         ) from error

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import psutil
 import torch
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from maca_llmc.common.cgroups import memory_limits
 from maca_llmc.common.errors import UserError
 
 
@@ -29,12 +27,6 @@ def resolve_device(device: str) -> torch.device:
             "give --device cpu, or check the driver and the torch build"
         )
     return torch.device("cuda", int(index or 0))
-
-
-def available_memory() -> int:
-    """Bytes of the host's memory that can be taken without swapping, within a container's limit."""
-    free: int = psutil.virtual_memory().available
-    return max(0, min([free, *(limit - used for limit, used in memory_limits())]))
 
 
 def compute_on(device: torch.device) -> None:

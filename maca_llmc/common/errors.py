@@ -1,4 +1,4 @@
-"""The one exception that a command shows as one line instead of a traceback."""
+"""The exception that a command shows as one line instead of a traceback, and such lines."""
 
 
 class UserError(Exception):
@@ -10,3 +10,9 @@ class UserError(Exception):
 
 class CalibrationError(UserError, ValueError):
     """A model, recipe or batch that calibration cannot go on with; in ``oneshot`` a ValueError."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -4,13 +4,22 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path``, then rename, so that a reader never sees half of it."""
+    beside = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` beside ``path``, then rename, so that a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write ``content`` as JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def existing_parent(output: Path) -> Path:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from maca_llmc.common import defaults
 from maca_llmc.common.errors import UserError
+from maca_llmc.common.tokens import encode, special_tokens, without_prefix
 from maca_llmc.data.chats import render
 from maca_llmc.data.rows import Document
 from maca_llmc.data.sources import Source, describe_source, read_documents
@@ -139,7 +140,7 @@ def build_calibration_set(
     :raises UserError: scales that make no sense, budget below the smallest scale, too little
         text, chats without a chat template, and whatever :func:`read_documents` raises.
     """
-    prefix = special_prefix(tokenizer)
+    prefix, _ = special_tokens(tokenizer)
     _check_scales(scales, tokens, whole_documents, max_context, len(prefix))
     documents = read_documents(
         source, text_column=text_column, split=split, config_name=config_name
@@ -188,16 +189,6 @@ def batches_of_equal_length(lengths: Sequence[int], batch_tokens: int) -> list[l
     return batches
 
 
-def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special token ids that the tokenizer puts in front of a text, often ``[bos]``."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return list(full[:start])
-    return []
-
-
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, document: Document, prefix: list[int]
 ) -> list[int]:
@@ -211,10 +202,7 @@ def tokenize(
     if not document:
         return []
     text = document if isinstance(document, str) else render(tokenizer, document)
-    ids = _encode(tokenizer, text)
-    while prefix and ids[: len(prefix)] == prefix:
-        ids = ids[len(prefix) :]
-    return ids
+    return without_prefix(encode(tokenizer, text), prefix)
 
 
 def check_ids(sequences: Iterable[Sequence[int]], tokenizer: Any, rows: int, base: str) -> None:
@@ -235,11 +223,6 @@ def check_ids(sequences: Iterable[Sequence[int]], tokenizer: Any, rows: int, bas
             f"gives {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}): give the tokenizer "
             "that belongs to it, or resize the model's embeddings"
         )
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a document longer than the model's context is no fault here.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _check_scales(

@@ -19,9 +19,9 @@ from datasets.utils import logging
 from pyarrow import ArrowException
 
 from maca_llmc.common.errors import UserError
+from maca_llmc.common.jsonl import cut_lines, parse, parse_rows, read_text
 from maca_llmc.common.progress import tell
 from maca_llmc.data.chats import without_none
-from maca_llmc.data.jsonl import cut_lines, parse, parse_rows, read_text
 from maca_llmc.data.rows import COLUMNS, TOOLS, Document, RowReader, read_rows
 
 Source: TypeAlias = str | Path | Dataset | list[Any] | None

@@ -6,9 +6,7 @@ activations do (W8A8) is not in it: for that, measure in vLLM with ``maca-serve 
 """
 
 import gc
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,13 @@ from maca_llmc.common.device import compute_on, fast_linears, resolve_device
 from maca_llmc.common.errors import UserError
 from maca_llmc.common.progress import quiet
 from maca_llmc.common.resource_errors import named_memory
+from maca_llmc.common.stats import mean_and_error, perplexity
+from maca_llmc.common.tokens import special_tokens
 from maca_llmc.data import EVALUATION_SAMPLE, read_documents
-from maca_llmc.data.calibration import check_ids, special_prefix, tokenize
-from maca_llmc.evaluation.choices import Question, prompt_tokens, read_questions, score_questions
+from maca_llmc.data.calibration import check_ids, tokenize
+from maca_llmc.evaluation.choices import score_questions
+from maca_llmc.evaluation.questions import Question, longest_prompt, prompt_tokens, read_questions
+from maca_llmc.evaluation.windows import check_lengths, cut_spans, window_input
 from maca_llmc.model import loading
 
 TOKENS_AT_ONCE = 2048
@@ -33,46 +35,6 @@ TOKENS_AT_ONCE = 2048
 
 Answer = tuple[int, torch.Tensor, torch.Tensor]
 """Input length, target ids ``[targets]``, and a model's logits for them ``[targets, V]``."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """One document span whose last tokens are scored under inputs of any length.
-
-    :param tokens: the longest input, without the special tokens in front
-    """
-
-    tokens: tuple[int, ...]
-
-    def input_of(self, length: int, prefix: Sequence[int]) -> list[int]:
-        """The ``length`` tokens that end with the target block, special tokens in front."""
-        return [*prefix, *self.tokens[len(self.tokens) - (length - len(prefix)) :]]
-
-
-def cut_spans(documents: Sequence[Sequence[int]], span: int, count: int) -> list[Window]:
-    """The first ``count`` non-overlapping spans, the first of each document, then the second.
-
-    :param documents: token ids of each
-    :param span: tokens of a window
-    :raises UserError: when there are fewer
-    """
-    per_document = [
-        [
-            Window(tuple(document[start : start + span]))
-            for start in range(0, len(document) - span + 1, span)
-        ]
-        for document in documents
-    ]
-    rounds = max((len(windows) for windows in per_document), default=0)
-    ordered = [
-        windows[turn] for turn in range(rounds) for windows in per_document if turn < len(windows)
-    ]
-    if len(ordered) < count:
-        raise UserError(
-            f"the evaluation text has {len(ordered)} windows of {span} tokens and {count} are "
-            "asked for: give more text, fewer --windows or shorter --lengths"
-        )
-    return ordered[:count]
 
 
 def evaluate(
@@ -96,12 +58,12 @@ def evaluate(
     :param windows: how many spans of the longest length
     :param targets: tokens scored at the end of each; the base's answers to all of them are kept:
         2 bytes x vocabulary x targets x windows x lengths
-    :param tasks: JSON Lines files of multiple choice, see ``choices.read_questions``
+    :param tasks: JSON Lines files of multiple choice, see ``questions.read_questions``
     :param limit: at most this many questions of each
     :param device: "auto", "cpu", "cuda" or "cuda:N"
     :return: settings and, per checkpoint, ``kl`` and ``perplexity`` by length, each with its
         standard error over windows, and each window's own (KL divergence, and negative
-        log-likelihood) for paired comparisons; ``tasks`` by name as ``choices.score_questions``
+        log-likelihood) for paired comparisons; ``tasks`` by name as ``questions.grade``
     :raises UserError: for inputs that make no sense, or a folder that is not quantized
     """
     config = loading.load_config(loading.resolve_model(base))
@@ -154,22 +116,22 @@ class Reference:
         config = loading.load_config(source)
         context = loading.context_length(config)
         tokenizer = loading.load_tokenizer(source)
-        prefix = special_prefix(tokenizer)
+        prefix, _ = special_tokens(tokenizer)
         _check_counts(windows=windows, targets=targets, limit=limit)
-        _check_lengths(lengths, targets + max(len(prefix), 1), context)
+        check_lengths(lengths, context, targets=targets, prefix=len(prefix))
         documents = read_documents(EVALUATION_SAMPLE if text is None else text)
         ids = [tokenize(tokenizer, document, prefix) for document in documents]
-        spans = cut_spans(ids, lengths[-1] - len(prefix), windows)
+        spans = cut_spans(ids, len(prefix), lengths[-1], windows)
         self._targets = targets
         self._inputs = {
-            length: torch.tensor([span.input_of(length, prefix) for span in spans])
+            length: torch.tensor([window_input(prefix, span, length) for span in spans])
             for length in lengths
         }
         self._questions = _read_tasks(tasks, tokenizer, limit, context)
         questions = [q for found in self._questions.values() for q in found]
-        prompts = [(*q.context, *choice) for q in questions for choice in q.choices]
+        prompts = [prompt for question in questions for prompt in question.prompts]
         rows = config.get_text_config().vocab_size
-        check_ids([*(span.tokens for span in spans), *prompts], tokenizer, rows, base)
+        check_ids([*spans, *prompts], tokenizer, rows, base)
         self.settings = {
             "base": base,
             "text": "the shipped evaluation sample" if text is None else str(text),
@@ -231,7 +193,10 @@ class Reference:
             "name": name,
             "path": path,
             "kl": {str(length): _divergence(values) for length, values in kl.items()},
-            "perplexity": {str(length): _perplexity(values) for length, values in nll.items()},
+            "perplexity": {
+                str(length): perplexity(values) | {"windows": values}
+                for length, values in nll.items()
+            },
             "tasks": self._choose(model, name),
         }
 
@@ -288,28 +253,21 @@ def _read_tasks(
     """Questions by the file's name without its ending."""
     found: dict[str, list[Question]] = {}
     for path in map(Path, tasks):
+        if not path.is_file():
+            raise UserError(
+                f"--tasks {path}: no such file (built-in and lm-eval tasks are maca-serve "
+                "accuracy's)"
+            )
         if path.stem in found:
             raise UserError(f"--tasks {path}: a task {path.stem!r} is there already: rename one")
         found[path.stem] = read_questions(path, tokenizer, limit)
-        longest = max(len(q.context) + len(c) for q in found[path.stem] for c in q.choices)
+        longest = longest_prompt(found[path.stem])
         if context is not None and longest > context:
             raise UserError(
                 f"--tasks {path}: a question of {longest} tokens is longer than the model's "
                 f"context ({context}): leave it out"
             )
     return found
-
-
-def _check_lengths(lengths: Sequence[int], least: int, context: int | None) -> None:
-    shown = ",".join(map(str, lengths))
-    if not lengths or sorted(set(lengths)) != list(lengths):
-        raise UserError(f"--lengths {shown}: give them in increasing order")
-    if lengths[0] < least:
-        raise UserError(f"--lengths {shown}: {lengths[0]} is too short, give {least} or more")
-    if context is not None and lengths[-1] > context:
-        raise UserError(
-            f"length {lengths[-1]} is longer than the model's context ({context}): lower it"
-        )
 
 
 def load_dequantized(source: str, device: torch.device) -> Any:
@@ -342,15 +300,3 @@ def _check_rotations(source: str, quantization: dict[str, Any]) -> None:
 def _divergence(windows: list[float]) -> dict[str, Any]:
     mean, error = mean_and_error(windows)
     return {"mean": mean, "stderr": error, "windows": windows}
-
-
-def _perplexity(windows: list[float]) -> dict[str, Any]:
-    mean, error = mean_and_error(windows)
-    perplexity = math.exp(mean)
-    return {"ppl": perplexity, "stderr": perplexity * error, "nll": mean, "windows": windows}
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error over windows, two or more."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    return float(tensor.mean()), float(tensor.std() / math.sqrt(len(values)))

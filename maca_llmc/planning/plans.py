@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 
 from maca_llmc.calibrate.full_precision import asymmetric_modifiers, forward_passes
-from maca_llmc.common.device import available_memory
+from maca_llmc.common.memory import available_memory
 from maca_llmc.common.progress import quiet, tell
 from maca_llmc.data.calibration import batches_of_equal_length
 from maca_llmc.gptq.hessian import ROWS_AT_ONCE

@@ -14,9 +14,9 @@ from maca_llmc.calibrate.full_precision import forward_passes
 from maca_llmc.calibrate.hidden_states import HiddenStates
 from maca_llmc.calibrate.smoothing import named_refusals
 from maca_llmc.common import record
-from maca_llmc.common.device import available_memory
 from maca_llmc.common.errors import UserError
 from maca_llmc.common.files import write_json
+from maca_llmc.common.memory import available_memory
 from maca_llmc.common.progress import layer_progress, quiet, tell, tell_calibration
 from maca_llmc.common.resource_errors import named_faults
 from maca_llmc.gptq.losses import recorded_losses

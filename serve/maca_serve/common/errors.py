@@ -4,9 +4,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-
-class UserError(Exception):
-    """One line that names the culprit and the cure; the command line prints it and exits with 2."""
+try:
+    from maca_llmc.common.errors import UserError
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "maca-serve takes modules of maca-llmc: pip install --no-deps maca-llmc (a checkout's root)"
+    ) from error
 
 
 class RequestError(UserError):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from maca_serve.common.cgroups import memory_limits
+from maca_llmc.common.memory import total_memory
 from maca_serve.common.errors import UserError
 
 # Instruction sets that decide which low-bit kernels exist on a CPU and how fast they are.
@@ -63,7 +63,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": name or platform.processor() or platform.machine(),
         "cores": len(physical_cpus()),
-        "memory_bytes": _total_memory(),
+        "memory_bytes": total_memory(),
         "cpu_flags": cpu_flags(),
         "gpus": _gpus(),
     }
@@ -87,18 +87,6 @@ def physical_cpus() -> list[int]:
             package, core = "?", str(cpu)
         chosen.setdefault((package, core), cpu)
     return list(chosen.values())
-
-
-def available_memory() -> int:
-    """Bytes that new processes can take without swapping, within the container's limit."""
-    meminfo = Path("/proc/meminfo").read_text()
-    free = int(_field(meminfo, "MemAvailable").split()[0]) * 1024
-    return max(0, min([free, *(limit - used for limit, used in memory_limits())]))
-
-
-def _total_memory() -> int:
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([whole, *(limit for limit, _ in memory_limits())])
 
 
 def _cpu_info() -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
+from maca_llmc.common import files
 from maca_serve.common.errors import UserError
 
 
@@ -55,7 +55,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         own = _identity(file)
-    except (Timeout, FileNotFoundError):  # the latter where a run that ends has just removed it
+    # Not there, or in the way for a moment: a run that ends has just removed it.
+    except (Timeout, FileNotFoundError, FileExistsError):
         lock.release()
         raise UserError(
             f"--output: {folder} is in use by another run; wait for it or give another folder"
@@ -107,17 +108,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: the disk is full, or the folder went away.
     """
-    beside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        beside = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        beside.chmod(0o644)
-        beside.replace(path)
+        files.write_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        if beside is not None:
-            beside.unlink(missing_ok=True)

@@ -12,8 +12,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from maca_llmc.common.memory import available_memory
 from maca_serve.common.errors import UserError
-from maca_serve.common.machine import available_memory, card_memory, cpu_flags, physical_cpus
+from maca_serve.common.machine import card_memory, cpu_flags, physical_cpus
 from maca_serve.common.ranks import Ranks
 from maca_serve.doctor.headers import VALUE_BYTES
 from maca_serve.formats.checkpoint import Checkpoint

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maca_serve.common.errors import UserError
-from maca_serve.common.jsonl import read_rows, read_text
+from maca_llmc.common.errors import UserError, first_line
+from maca_llmc.common.jsonl import parse, read_lines, read_text
+from maca_llmc.common.tokens import encode, special_tokens, without_prefix
 
 DEFAULT_TEXT = Path(__file__).parents[1] / "assets" / "evaluation.jsonl"
 
@@ -65,11 +66,29 @@ def read_corpus(path: Path | None = None) -> Corpus:
 
 def _read_jsonl(path: Path) -> list[str]:
     documents = []
-    for number, row in read_rows(path, ("text",)):
+    for where, line in read_lines(path):
+        row = parse(line, where)
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object")
+        if "text" not in row:
+            present = ", ".join(sorted(row)) or "none"
+            raise UserError(f"{where} has no column 'text'; it has: {present}")
         if not isinstance(row["text"], str):
-            raise UserError(f"{path}: line {number}: 'text' is not a string")
+            raise UserError(f"{where}: 'text' is not a string")
+        _check_characters(where, row["text"])
         documents.append(row["text"])
     return documents
+
+
+def _check_characters(where: str, text: str) -> None:
+    """Refuse halves of characters such as "\\ud83d", which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(
+            f"{where} holds {half}, half of a character (a lone surrogate): replace it"
+        ) from error
 
 
 def tokenize(tokenizer: Any, corpus: Corpus) -> Tokens:
@@ -80,29 +99,8 @@ def tokenize(tokenizer: Any, corpus: Corpus) -> Tokens:
         corpus: the documents.
     """
     prefix, _ = special_tokens(tokenizer)
-    encoded = tokenizer(corpus.documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return Tokens(prefix, [_without_prefix(list(ids), prefix) for ids in encoded])
-
-
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts in front of a text (often BOS) and behind it (seldom EOS).
-
-    Args:
-        tokenizer: a transformers tokenizer.
-    """
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    for start in range(len(full) - len(bare) + 1):
-        if bare and full[start : start + len(bare)] == bare:
-            return full[:start], full[start + len(bare) :]
-    return [], []
-
-
-def _without_prefix(ids: list[int], prefix: list[int]) -> list[int]:
-    """Take off the prefix that a text has itself, from a chat template: windows get it anyway."""
-    while prefix and ids[: len(prefix)] == prefix:
-        ids = ids[len(prefix) :]
-    return ids
+    encoded = [encode(tokenizer, document) for document in corpus.documents]
+    return Tokens(prefix, [without_prefix(ids, prefix) for ids in encoded])
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -118,5 +116,4 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {reason}") from error
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+from maca_llmc.common.errors import first_line
 from maca_serve.common.errors import RequestError, UserError
 from maca_serve.engine.client import TIMEOUT_SECONDS, Client, direct_to
 from maca_serve.formats.checkpoint import Checkpoint
@@ -95,7 +96,7 @@ class Harness:
                     fewshot_random_seed=seed,
                 )
         except Exception as error:  # lm-eval wraps failures of the server in many types
-            raise RequestError(f"lm-eval failed: {_one_line(error)}") from error
+            raise RequestError(f"lm-eval failed: {first_line(error)}") from error
         return {name: read_task(results, name) for name in self.names}
 
 
@@ -130,10 +131,10 @@ def _load(manager: Any, name: str) -> list[str]:
     try:
         return list(manager.load([name])["tasks"])
     except ImportError as error:
-        raise UserError(f"--tasks: lm-eval task {name!r}: {_one_line(error)}") from error
+        raise UserError(f"--tasks: lm-eval task {name!r}: {first_line(error)}") from error
     except Exception as error:  # hub, data set and task code fail in many ways
         raise UserError(
-            f"--tasks: the data of lm-eval task {name!r} cannot be loaded: {_one_line(error)};"
+            f"--tasks: the data of lm-eval task {name!r} cannot be loaded: {first_line(error)};"
             " let it reach the Hugging Face hub once (HF_HUB_OFFLINE unset), or give a JSONL file"
             " of `question`, `choices`, `answer`"
         ) from error
@@ -188,8 +189,3 @@ def _scores(samples: list[dict[str, Any]], metric: str) -> list[float]:
 def _is_mean(scores: list[float], value: float) -> bool:
     # Metrics over all questions at once (F1, perplexity) cannot be drawn question by question.
     return math.isclose(math.fsum(scores) / len(scores), value, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from maca_serve.common.errors import UserError
-from maca_serve.common.stats import perplexity
+from maca_llmc.common.errors import UserError
+from maca_llmc.common.stats import perplexity
+from maca_llmc.evaluation.windows import TARGETS, check_lengths, cut_spans, window_input
 from maca_serve.engine.client import Client
 from maca_serve.evaluation.corpus import Tokens
-from maca_serve.evaluation.windows import TARGETS, cut_spans, window_input
 
 # Window inputs of one length, keyed by that length.
 Inputs = dict[int, list[list[int]]]
@@ -19,7 +19,7 @@ def window_inputs(tokens: Tokens, lengths: tuple[int, ...], windows: int) -> Inp
 
     Args:
         tokens: the evaluation text.
-        lengths: increasing input lengths in tokens, checked by `windows.check_lengths`.
+        lengths: increasing input lengths in tokens, checked by `check_lengths`.
         windows: how many target blocks.
 
     Raises:
@@ -28,12 +28,8 @@ def window_inputs(tokens: Tokens, lengths: tuple[int, ...], windows: int) -> Inp
     """
     if windows < 2:
         raise UserError(f"--windows: {windows} gives no standard error; use at least 2")
-    if lengths[0] < TARGETS + len(tokens.prefix):
-        raise UserError(
-            f"--lengths: {lengths[0]} does not hold {TARGETS} scored tokens and the tokenizer's"
-            f" {len(tokens.prefix)} special tokens"
-        )
-    spans = cut_spans(tokens, lengths[-1], windows)
+    check_lengths(lengths, None, prefix=len(tokens.prefix))
+    spans = cut_spans(tokens.documents, len(tokens.prefix), lengths[-1], windows)
     return {
         length: [window_input(tokens.prefix, span, length) for span in spans] for length in lengths
     }
@@ -56,12 +52,11 @@ def score_perplexity(
     Raises:
         RequestError: the engine failed.
     """
-    return {
-        str(length): perplexity(
-            [_block_loss(logprobs) for logprobs in client.score(prompts, advance)]
-        )
-        for length, prompts in inputs.items()
-    }
+    found = {}
+    for length, prompts in inputs.items():
+        losses = [_block_loss(logprobs) for logprobs in client.score(prompts, advance)]
+        found[str(length)] = perplexity(losses) | {"losses": losses}
+    return found
 
 
 def _block_loss(logprobs: list[float]) -> float:

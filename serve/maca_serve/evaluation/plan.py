@@ -5,14 +5,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maca_serve.common.errors import UserError
+from maca_llmc.common.errors import UserError
+from maca_llmc.common.tokens import special_tokens
+from maca_llmc.evaluation.questions import (
+    Question,
+    longest_prompt,
+    prompt_tokens,
+    read_questions,
+)
+from maca_llmc.evaluation.windows import TARGETS
 from maca_serve.engine.client import Client
 from maca_serve.evaluation.corpus import (
     Corpus,
     Tokens,
     load_tokenizer,
     read_corpus,
-    special_tokens,
     tokenize,
 )
 from maca_serve.evaluation.harness import USUAL, USUAL_TASKS, Harness, open_harness
@@ -28,12 +35,10 @@ from maca_serve.evaluation.probes import (
 )
 from maca_serve.evaluation.tasks import (
     CONTINUATION,
-    Question,
     make_continuations,
-    read_questions,
     score_questions,
 )
-from maca_serve.evaluation.windows import TARGETS, resolve_lengths
+from maca_serve.evaluation.windows import resolve_lengths
 from maca_serve.formats.checkpoint import Checkpoint
 from maca_serve.measuring.settings import AccuracySettings
 
@@ -65,15 +70,14 @@ class AccuracyPlan:
     @property
     def tokens(self) -> int:
         """Prompt tokens of one checkpoint's windows, questions and probes."""
-        prompts = [p for task in self.questions.values() for q in task for p in q.prompts]
+        questions = sum(map(prompt_tokens, self.questions.values()))
         probes = sum(map(count_probe_tokens, self.probes.values()))
-        return count_tokens(self.inputs) + sum(map(len, prompts)) + probes
+        return count_tokens(self.inputs) + questions + probes
 
     @property
     def longest(self) -> int:
         """Tokens of the longest request: its prompt, and one of output."""
-        prompts = [p for task in self.questions.values() for q in task for p in q.prompts]
-        return 1 + max([*self.inputs, *map(len, prompts)])
+        return 1 + max([*self.inputs, *map(longest_prompt, self.questions.values())])
 
     def describe(self) -> dict[str, Any]:
         """The settings as they go into results."""
@@ -210,7 +214,7 @@ def _require_no_ending(checkpoint: Checkpoint, tokenizer: Any, task: str) -> Non
 
 def _require_questions_fit(plan: AccuracyPlan, context: int | None) -> None:
     for name, questions in plan.questions.items():
-        longest = max(len(prompt) for question in questions for prompt in question.prompts)
+        longest = longest_prompt(questions)
         if context is not None and longest > context:
             raise UserError(
                 f"--tasks: {name} has a question of {longest} tokens, longer than the model's"

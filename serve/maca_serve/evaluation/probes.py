@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from maca_serve.common.errors import UserError
-from maca_serve.common.stats import mean_and_error
+from maca_llmc.common.errors import UserError
+from maca_llmc.common.stats import mean_and_error
+from maca_llmc.common.tokens import encode
+from maca_llmc.evaluation.windows import cut_spans
 from maca_serve.engine.client import Answer, Client, batches
 from maca_serve.evaluation.corpus import Tokens
-from maca_serve.evaluation.windows import cut_spans
 
 NEEDLE = "needle"
 COPY = "copy"
@@ -70,7 +71,7 @@ def make_probes(
     if kind == COPY:
         return _make_copies(draw, tokens, lengths, windows)
     facts = [_draw_fact(draw, tokenizer) for _ in range(windows)]
-    spans = cut_spans(tokens, lengths[-1], windows)
+    spans = cut_spans(tokens.documents, len(tokens.prefix), lengths[-1], windows)
     return {
         length: [
             _hide(tokens.prefix, span, fact, depth, length)
@@ -118,13 +119,9 @@ def _draw_fact(draw: random.Random, tokenizer: Any) -> _Fact:
     number = draw.randrange(1_000_000, 10_000_000)
     cue = f"\nThe secret number of {draw.choice(PLACES)} is"
     # Encoded together and then split: their border may change the tokens.
-    encoded = _encode(tokenizer, cue)
-    whole = _encode(tokenizer, f"{cue} {number}")
-    return _Fact(_encode(tokenizer, f"{cue} {number}.\n"), encoded, whole[len(encoded) :])
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    opening = encode(tokenizer, cue)
+    whole = encode(tokenizer, f"{cue} {number}")
+    return _Fact(encode(tokenizer, f"{cue} {number}.\n"), opening, whole[len(opening) :])
 
 
 def _hide(prefix: list[int], span: list[int], fact: _Fact, depth: float, length: int) -> Probe:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from maca_llmc.common.files import write_json
 from maca_serve.common.errors import UserError
 from maca_serve.doctor.checks import check, refuse_errors
 from maca_serve.doctor.headers import INDEX, Tensor, read_headers
@@ -95,16 +96,16 @@ def _write(
     total = 0
     for shard in tqdm(shards, desc=f"repacking {checkpoint.name}", unit="shard"):
         total += _write_shard(shard, widener, partial / shard.name)
-    _write_json(partial / CONFIG, widen_config(checkpoint.config))
+    write_json(partial / CONFIG, widen_config(checkpoint.config))
     if (card := partial / CARD).is_file():
         card.write_text(_noted(card.read_text(encoding="utf-8"), checkpoint.name), encoding="utf-8")
     if checkpoint.run_record:
-        _write_json(partial / RECORD, widen_record(checkpoint.run_record))
+        write_json(partial / RECORD, widen_record(checkpoint.run_record))
     index = checkpoint.path / INDEX
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))
         content["metadata"] = {**content.get("metadata", {}), "total_size": total}
-        _write_json(partial / INDEX, content)
+        write_json(partial / INDEX, content)
 
 
 def _noted(card: str, name: str) -> str:
@@ -124,7 +125,3 @@ def _write_shard(shard: Path, widener: Widener, target: Path) -> int:
         save_file(tensors, target, metadata=source.metadata())
     shutil.copymode(shard, target)  # safetensors writes for the owner's eyes only
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from maca_serve.common.machine import available_memory
+from maca_llmc.common.memory import available_memory
 from maca_serve.engine.fit import GIB, Fit, memory_needed
 from maca_serve.formats.checkpoint import Checkpoint
 

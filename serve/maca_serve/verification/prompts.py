@@ -1,8 +1,8 @@
 """Short and long prompts of the package's English sample, the same for every checkpoint."""
 
-from maca_serve.common.errors import UserError
+from maca_llmc.common.errors import UserError
+from maca_llmc.evaluation.windows import cut_spans, window_input
 from maca_serve.evaluation.corpus import load_tokenizer, read_corpus, tokenize
-from maca_serve.evaluation.windows import cut_spans, window_input
 from maca_serve.formats.checkpoint import Checkpoint
 
 # Tokens of a prompt: how many there are. Many short ones, for their means to say something.
@@ -29,5 +29,5 @@ def make_prompts(checkpoint: Checkpoint) -> list[Prompt]:
     return [
         window_input(tokens.prefix, span, length)
         for length in lengths
-        for span in cut_spans(tokens, length, COUNTS[length])
+        for span in cut_spans(tokens.documents, len(tokens.prefix), length, COUNTS[length])
     ]

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from maca_serve.common.machine import available_memory
+from maca_llmc.common.errors import first_line
+from maca_llmc.common.memory import available_memory
 from maca_serve.doctor.checks import check
 from maca_serve.doctor.headers import Tensor, read_headers
 from maca_serve.doctor.layouts import Inputs, Scheme
@@ -77,8 +78,7 @@ def load_reference(checkpoint: Checkpoint, dtype: torch.dtype = torch.bfloat16) 
         model = _load(checkpoint.path, weights.plain)
         _round_inputs(model, weights.rounded)
     except Exception as error:  # whatever it stumbles over is the reason
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NoReference(f"transformers cannot load it: {first}") from error
+        raise NoReference(f"transformers cannot load it: {first_line(error)}") from error
     return model
 
 

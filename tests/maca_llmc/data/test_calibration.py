@@ -6,8 +6,9 @@ import torch
 from datasets import Dataset
 
 from maca_llmc.common.errors import UserError
+from maca_llmc.common.tokens import special_tokens
 from maca_llmc.data import build_calibration_set
-from maca_llmc.data.calibration import check_ids, special_prefix
+from maca_llmc.data.calibration import check_ids
 
 BOS = 1  # its id in conftest's vocabulary
 
@@ -147,8 +148,8 @@ class TestDeterminism:
 
 class TestSpecialTokens:
     def test_prefix(self, plain, with_bos):
-        assert special_prefix(plain) == []
-        assert special_prefix(with_bos) == [BOS]
+        assert special_tokens(plain) == ([], [])
+        assert special_tokens(with_bos) == ([BOS], [])
 
     @pytest.mark.parametrize("whole", [False, True])
     def test_bos_opens_every_sequence_and_counts(self, with_bos, documents, whole):
@@ -162,7 +163,7 @@ class TestSpecialTokens:
 
     def test_a_tokenizer_that_ends_texts_with_eos(self, make_tokenizer, with_bos, documents):
         ending = make_tokenizer(bos=True, single="<bos> $A <end>")
-        assert len(ending("w1")["input_ids"]) == 3 and special_prefix(ending) == [BOS]
+        assert len(ending("w1")["input_ids"]) == 3 and special_tokens(ending)[0] == [BOS]
         one, other = (
             build_calibration_set(tokenizer, source=documents, scales=(4, 8), tokens=64)
             for tokenizer in (ending, with_bos)

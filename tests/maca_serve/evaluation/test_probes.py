@@ -13,7 +13,7 @@ TOKENS = Tokens(PREFIX, [[1000 + i % 300 for i in range(2000)], [2000 + i for i 
 class Characters:
     """A tokenizer of one token per character."""
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text, add_special_tokens, verbose=True):
         assert not add_special_tokens
         return {"input_ids": [ord(character) for character in text]}
 

@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from maca_serve.common.stats import perplexity
 from maca_serve.evaluation.recovery import describe_intervals, recovery
 from maca_serve.formats.checkpoint import open_checkpoint
 from maca_serve.reporting.report import render_report
@@ -13,6 +12,8 @@ from maca_serve.reporting.run_records import diagonal_views, relative_diagonals,
 from maca_serve.reporting.speed_view import alike
 from maca_serve.reporting.summary import judge, rules
 from maca_serve.speed.breakeven import break_even
+
+from maca_llmc.common.stats import perplexity
 
 RECORD = {
     "format": 1,
@@ -56,7 +57,7 @@ def entry(name, speed, nll, size):
         "scheme": "BF16" if name == "base" else "W4A16 int, group 64, symmetric",
         "kernel": "K",
         "size_bytes": size,
-        "perplexity": {n: perplexity(losses) for n in ("64", "256")},
+        "perplexity": {n: perplexity(losses) | {"losses": losses} for n in ("64", "256")},
         "probes": {name: {"64": probe, "256": probe} for name in ("needle", "copy")},
         "tasks": {
             "continuation": {

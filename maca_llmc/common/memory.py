@@ -1,11 +1,25 @@
-"""Memory limits of the container, or of the systemd unit, that this process runs in."""
+"""Memory that this process may use, within the limits of its container or systemd unit."""
 
 from pathlib import Path
+
+import psutil
 
 OWN = Path("/proc/self/cgroup")
 MOUNT = Path("/sys/fs/cgroup")
 # What Linux gives up before it refuses memory, as in MemAvailable: page cache and such.
 RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that can be taken without swapping, within all limits."""
+    free: int = psutil.virtual_memory().available
+    return max(0, min([free, *(limit - used for limit, used in memory_limits())]))
+
+
+def total_memory() -> int:
+    """Bytes of the host's memory, or of the lowest limit."""
+    whole: int = psutil.virtual_memory().total
+    return min([whole, *(limit for limit, _ in memory_limits())])
 
 
 def memory_limits() -> list[tuple[int, int]]:

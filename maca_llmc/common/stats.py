@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -13,20 +12,13 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / n)
 
 
-def perplexity(losses: Sequence[float]) -> dict[str, Any]:
+def perplexity(losses: Sequence[float]) -> dict[str, float]:
     """Perplexity of windows from each window's mean negative log-likelihood per token, in nats.
 
     The error of exp(m) follows by the delta method: exp(m) times the error of m.
 
-    Returns:
-        {"ppl", "stderr", "nll", "nll_stderr", "losses": as given}.
+    :return: ``ppl``, its ``stderr``, ``nll`` and ``nll_stderr``
     """
     nll, error = mean_and_error(losses)
     ppl = math.exp(nll)
-    return {
-        "ppl": ppl,
-        "stderr": ppl * error,
-        "nll": nll,
-        "nll_stderr": error,
-        "losses": list(losses),
-    }
+    return {"ppl": ppl, "stderr": ppl * error, "nll": nll, "nll_stderr": error}

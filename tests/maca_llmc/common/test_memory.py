@@ -3,7 +3,8 @@
 import os
 
 import pytest
-from maca_serve.common import cgroups, machine
+
+from maca_llmc.common import memory
 
 GIB = 1024**3
 
@@ -11,8 +12,8 @@ GIB = 1024**3
 @pytest.fixture
 def container(tmp_path, monkeypatch):
     """Makes control groups: what /proc says, and files by path."""
-    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
-    monkeypatch.setattr(cgroups, "MOUNT", tmp_path / "mount")
+    monkeypatch.setattr(memory, "OWN", tmp_path / "own")
+    monkeypatch.setattr(memory, "MOUNT", tmp_path / "mount")
 
     def make(own, **files):
         (tmp_path / "own").write_text(own)
@@ -46,10 +47,10 @@ def old_group(limit, used, cache=0):
 
 def test_page_cache_is_not_in_use(container, monkeypatch):
     container("0::/\n", __=group(24 * GIB, 24 * GIB - 5, 23 * GIB))
-    assert cgroups.memory_limits() == [(24 * GIB, GIB - 5)]
+    assert memory.memory_limits() == [(24 * GIB, GIB - 5)]
     container("0::/\n", __=group(3 * GIB, 2 * GIB, GIB))
-    assert machine.available_memory() == 2 * GIB
-    assert machine.describe_machine()["memory_bytes"] == 3 * GIB
+    assert memory.available_memory() == 2 * GIB
+    assert memory.total_memory() == 3 * GIB
 
 
 def test_every_group_above_limits_too(container):
@@ -58,28 +59,28 @@ def test_every_group_above_limits_too(container):
         __=group("max", 9 * GIB),
         system__slice={},
     )
-    assert cgroups.memory_limits() == []
+    assert memory.memory_limits() == []
     container(
         "1:cpu,cpuacct:/x\n0::/slice/unit\n",
         __slice=group(8 * GIB, 5 * GIB),
         __slice__unit=group("max", 4 * GIB, 0, high=6 * GIB),
     )
-    assert cgroups.memory_limits() == [(6 * GIB, 4 * GIB), (8 * GIB, 5 * GIB)]
+    assert memory.memory_limits() == [(6 * GIB, 4 * GIB), (8 * GIB, 5 * GIB)]
 
 
 def test_the_first_version_of_control_groups(container):
     # Docker without a namespace of groups: /proc names the host's path, the mount is the container.
     container("4:memory:/docker/ab\n0::/\n", __memory=old_group(24 * GIB, 24 * GIB, 23 * GIB))
-    assert cgroups.memory_limits() == [(24 * GIB, GIB)]
+    assert memory.memory_limits() == [(24 * GIB, GIB)]
 
 
 def test_no_limit(container):
     container("4:memory:/a\n", __memory__a=old_group(9223372036854771712, GIB))
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert machine.describe_machine()["memory_bytes"] == whole
-    assert machine.available_memory() > 0
+    assert memory.total_memory() == whole
+    assert memory.available_memory() > 0
 
 
 def test_used_up(container):
     container("0::/\n", __=group(GIB, 2 * GIB))
-    assert machine.available_memory() == 0
+    assert memory.available_memory() == 0
