@@ -63,6 +63,14 @@ def headline(task: dict[str, Any]) -> tuple[float, float | None]:
     return task[metric], task.get(f"{metric}_stderr")
 
 
+def recovered(entry: dict[str, Any], *path: str) -> tuple[float | None, Interval]:
+    """Percent and interval at a place of an entry's recovery, such as `perplexity`, `mean`."""
+    percent, interval = entry["recovery"], entry["recovery"]["intervals"]
+    for key in path:
+        percent, interval = percent[key], interval[key]
+    return percent, interval
+
+
 def describe_intervals() -> dict[str, Any]:
     """How the intervals are made, for results."""
     return {

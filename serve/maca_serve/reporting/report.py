@@ -1,13 +1,11 @@
 """One self-contained HTML page: tables and plots inline, nothing fetched from anywhere."""
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from maca_serve.evaluation.recovery import headline
+from maca_serve.evaluation.recovery import recovered
 from maca_serve.formats.checkpoint import Checkpoint
 from maca_serve.reporting.plots import (
     perplexity_plot,
@@ -18,7 +16,7 @@ from maca_serve.reporting.plots import (
 )
 from maca_serve.reporting.run_records import NOTABLE_RATIO, diagonal_views, losses_plot, run_rows
 from maca_serve.reporting.speed_plots import speed_figures
-from maca_serve.reporting.speed_view import Number, alike, speed_grids
+from maca_serve.reporting.speed_view import alike, speed_grids
 from maca_serve.reporting.summary import headline as first_line
 
 
@@ -40,11 +38,7 @@ def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {
-        "headline": headline,
-        "number": partial(number, results),
-        "cell": cell,
-    }
+    environment.globals |= {"recovered": recovered, "show": show}
     entries = results["checkpoints"]
     return environment.get_template("report.html.j2").render(
         results=results,
@@ -63,35 +57,9 @@ def render_report(results: dict[str, Any], checkpoints: list[Checkpoint]) -> str
     )
 
 
-def number(results: dict[str, Any], form: str, *keys: str | int) -> Markup:
-    """A number of results.json as text that knows where it stands there.
-
-    Args:
-        results: as in results.json.
-        form: of one number, such as `%.2f`, or of several, for a list.
-        keys: the way to it. The element's `data-key` is that as a JSON pointer (RFC 6901).
-
-    Returns:
-        The element; a dash for null.
-    """
-    value: Any = results
-    for key in keys:
-        value = value[key]
-    text = "–" if value is None else form % (tuple(value) if isinstance(value, list) else value)
-    return Markup('<span data-key="{}">{}</span>').format(_pointer(keys), text)
-
-
-def cell(text: str) -> Markup:
-    """A table's cell; a number knows where it stands in results.json, and in which unit."""
-    if not isinstance(text, Number):
-        return escape(text)
-    unit = Markup(' data-unit="{:.10g}"').format(text.unit) if text.unit != 1 else ""
-    return Markup('<span data-key="{}"{}>{}</span>').format(_pointer(text.keys), unit, str(text))
-
-
-def _pointer(keys: Sequence[str | int]) -> str:
-    steps = [str(key).replace("~", "~0").replace("/", "~1") for key in keys]
-    return f"/{'/'.join(steps)}"
+def show(form: str, value: Any) -> str:
+    """A number, or a list of them, in a form such as `%.2f`; a dash for null."""
+    return "–" if value is None else form % (tuple(value) if isinstance(value, list) else value)
 
 
 def _plots(results: dict[str, Any]) -> dict[str, str]:

@@ -7,26 +7,7 @@ from typing import Any, NamedTuple
 from maca_serve.speed.breakeven import describe_loads, in_words
 
 Entry = dict[str, Any]
-Keys = tuple[str | int, ...]
 GIB = 1024**3
-
-
-class Number(str):
-    """A number as text that knows where it comes from.
-
-    Attributes:
-        keys: its place in results.
-        unit: what it is divided by there.
-    """
-
-    keys: Keys
-    unit: float
-
-    def __new__(cls, text: str, keys: Keys, unit: float) -> "Number":
-        """The text, with its place and unit."""
-        made = super().__new__(cls, text)
-        made.keys, made.unit = keys, unit
-        return made
 
 
 class Grid(NamedTuple):
@@ -73,18 +54,14 @@ def in_flight_grid(entries: list[Entry]) -> Grid:
     columns = ["speed", "tokens in", "in flight", "TTFT ms", "TPOT ms", "E2EL ms", "p99"]
     columns += ["out tok/s", "tok/s", "ratio"]
     rows = []
-    for i, entry in enumerate(entries):
+    for entry in entries:
+        ratios = entry["break_even"]["ratios"] if "break_even" in entry else None
         for length, runs in entry["throughput"].items():
-            for level in runs:
-                at = (i, "throughput", length, level)
-                rates = [
-                    _number(entries, "{:.1f}", *at, key)
-                    for key in ("output_tokens_per_s", "total_tokens_per_s")
-                ]
-                place = (i, "break_even", "ratios", length, level, "ratio")
-                ratio = _number(entries, "{:.2f}x", *place) if "break_even" in entry else "–"
-                row = [entry["name"], length, level, *_latencies(entries, *at), *rates, ratio]
-                rows.append(row)
+            for level, run in runs.items():
+                keys = ("output_tokens_per_s", "total_tokens_per_s")
+                rates = [_show("{:.1f}", run[key]) for key in keys]
+                ratio = _show("{:.2f}x", ratios[length][level]["ratio"] if ratios else None)
+                rows.append([entry["name"], length, level, *_latencies(run), *rates, ratio])
     return Grid(columns, rows, keys=3)
 
 
@@ -92,12 +69,11 @@ def rates_grid(entries: list[Entry]) -> Grid:
     """What arrived and what was answered per second, with its latencies."""
     columns = ["arrivals", "tokens in", "per s", "answered", "TTFT ms", "TPOT ms", "E2EL ms", "p99"]
     rows = []
-    for i, entry in enumerate(entries):
+    for entry in entries:
         for length, runs in entry["rates"].items():
-            for rate in runs:
-                at = (i, "rates", length, rate)
-                answered = _number(entries, "{:.2f}", *at, "requests_per_s")
-                rows.append([entry["name"], length, rate, answered, *_latencies(entries, *at)])
+            for rate, run in runs.items():
+                answered = _show("{:.2f}", run["requests_per_s"])
+                rows.append([entry["name"], length, rate, answered, *_latencies(run)])
     return Grid(columns, rows, keys=3)
 
 
@@ -119,10 +95,7 @@ def break_even_grid(entries: list[Entry]) -> Grid:
 def memory_grid(entries: list[Entry]) -> Grid:
     """Memory, and how near decoding comes to the speed of memory."""
     columns = ["memory", "weights GiB", "from", "KV cache GiB", "tokens", "GB per token", "of copy"]
-    rows = [
-        [entry["name"], *_memory(entries, i), *_share(entries, i)]
-        for i, entry in enumerate(entries)
-    ]
+    rows = [[entry["name"], *_memory(entry), *_share(entry)] for entry in entries]
     return Grid(columns, rows)
 
 
@@ -138,38 +111,34 @@ def _join(words: list[str]) -> str:
     return f"{', '.join(rest)} and {last}" if rest else last
 
 
-def _number(entries: list[Entry], form: str, *keys: str | int, unit: float = 1.0) -> str:
-    """What stands at that place under `checkpoints`; a dash for null."""
-    value: Any = entries
-    for key in keys:
-        value = value[key]
-    if value is None:
-        return "–"
-    return Number(form.format(value / unit), ("checkpoints", *keys), unit)
+def _show(form: str, value: float | None, unit: float = 1.0) -> str:
+    return "–" if value is None else form.format(value / unit)
 
 
-def _latencies(entries: list[Entry], *at: str | int) -> list[str]:
+def _latencies(run: Entry) -> list[str]:
     return [
-        _number(entries, "{:.0f}", *at, "ttft_ms", "median"),
-        _number(entries, "{:.1f}", *at, "tpot_ms", "median"),
-        _number(entries, "{:.0f}", *at, "e2el_ms", "median"),
-        _number(entries, "{:.0f}", *at, "e2el_ms", "p99"),
+        _show("{:.0f}", run["ttft_ms"]["median"]),
+        _show("{:.1f}", run["tpot_ms"]["median"]),
+        _show("{:.0f}", run["e2el_ms"]["median"]),
+        _show("{:.0f}", run["e2el_ms"]["p99"]),
     ]
 
 
-def _memory(entries: list[Entry], i: int) -> list[str]:
+def _memory(entry: Entry) -> list[str]:
+    memory = entry["memory"]
     return [
-        _number(entries, "{:.2f}", i, "memory", "weights_bytes", unit=GIB),
-        entries[i]["memory"]["weights_source"],
-        _number(entries, "{:.2f}", i, "memory", "kv_cache_bytes", unit=GIB),
-        _number(entries, "{:,.0f}", i, "memory", "kv_cache_tokens"),
+        _show("{:.2f}", memory["weights_bytes"], GIB),
+        memory["weights_source"],
+        _show("{:.2f}", memory["kv_cache_bytes"], GIB),
+        _show("{:,.0f}", memory["kv_cache_tokens"]),
     ]
 
 
-def _share(entries: list[Entry], i: int) -> list[str]:
-    if "share" not in entries[i]["bandwidth"]:
+def _share(entry: Entry) -> list[str]:
+    bandwidth = entry["bandwidth"]
+    if "share" not in bandwidth:
         return ["–", "–"]
     return [
-        _number(entries, "{:.3f}", i, "bandwidth", "weights_bytes_per_token", unit=1e9),
-        _number(entries, "{:.0f}%", i, "bandwidth", "share", unit=0.01),
+        _show("{:.3f}", bandwidth["weights_bytes_per_token"], 1e9),
+        _show("{:.0f}%", bandwidth["share"], 0.01),
     ]

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from maca_serve.evaluation.recovery import headline
+from maca_serve.evaluation.recovery import headline, recovered
 from maca_serve.reporting.speed_view import Grid, speed_grids
 
 Entry = dict[str, Any]
@@ -103,13 +103,12 @@ def _if_compared(entries: list[Entry], title: str) -> list[str]:
 def _recovery(entry: Entry, *path: str) -> list[str]:
     if "recovery" not in entry:
         return []
-    kept, interval = entry["recovery"], entry["recovery"]["intervals"]
-    for key in (*path, "mean"):
-        kept, interval = kept[key], interval[key]
+    kept, interval = recovered(entry, *path, "mean")
     if kept is None:
         return ["-"]
-    known = interval is not None and interval[0] < interval[1]
-    return [f"{kept:.1f} %" + (f" ({interval[0]:.0f}-{interval[1]:.0f})" if known else "")]
+    if interval is None or interval[0] == interval[1]:
+        return [f"{kept:.1f} %"]
+    return [f"{kept:.1f} % ({interval[0]:.0f}-{interval[1]:.0f})"]
 
 
 def _score(task: dict[str, Any]) -> str:
