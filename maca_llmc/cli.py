@@ -166,6 +166,13 @@ def quantize(
             help="Unlike schemes for what vLLM makes one of, which it won't load.",
         ),
     ] = False,
+    record_diagonals: Annotated[
+        bool,
+        typer.Option(
+            "--record-diagonals",
+            help="Write what each length sees of a few modules, for the report of maca-serve.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in it when done.")
     ] = False,
@@ -192,6 +199,7 @@ def quantize(
         device=device,
         container=container,
         allow_unfused=allow_unfused,
+        record_diagonals=record_diagonals,
         overwrite=overwrite,
         resume=resume,
     )

@@ -18,6 +18,7 @@ from maca_llmc.data import CalibrationSet, build_calibration_set
 from maca_llmc.data.calibration import check_ids
 from maca_llmc.llmcompressor_api import Recipe
 from maca_llmc.model import base_weights, loading
+from maca_llmc.modifier import MaCaModifier
 from maca_llmc.recipe.containers import CONTAINER_BITS, check_container
 from maca_llmc.recipe.reading import default_recipe, quantizing_modifiers, read_recipe
 from maca_llmc.recipe.schemes import check_schemes
@@ -99,6 +100,7 @@ def prepare(
     device: str = "auto",
     container: int | None = None,
     allow_unfused: bool = False,
+    record_diagonals: bool = False,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Run:
@@ -122,6 +124,8 @@ def prepare(
     :param container: 4 stores 2- and 3-bit weights in 4-bit containers, same values
     :param allow_unfused: let Linears that vLLM makes one of (q, k and v; gate and up; experts) have
         schemes of their own, for readers other than vLLM
+    :param record_diagonals: write the Hessian's diagonal of a few modules, by length, beside the
+        checkpoint (``maca_diagonals.json``), for the report of ``maca-serve compare``
     :param overwrite: replace ``output``, a checkpoint of ours, when the new one is complete
     :param resume: go on after the last layer that a killed run of the same settings finished
     :raises UserError: for anything the user can mend; nothing is written
@@ -147,6 +151,8 @@ def prepare(
     for modifier in modifiers:
         check_schemes(modifier, shapes)
     check_overlap(modifiers, shapes)
+    if record_diagonals and not isinstance(modifiers[0], MaCaModifier):
+        raise UserError("--record-diagonals: no MaCaModifier in the recipe records them: drop it")
     if not allow_unfused and (unlike := unlike_siblings(modifiers, shapes)):
         raise UserError(
             f"{unlike} have different schemes: {UNFUSED}, or --allow-unfused for other readers"
@@ -189,7 +195,9 @@ def prepare(
         tokenizer=tokenizer,
         processor_files=loading.processor_files(source),
         draft_layers=base_weights.draft_layers(tensors, config),
-        recorder=DiagonalRecorder(inspected_modules(names), scales or defaults.SCALES),
+        recorder=DiagonalRecorder(
+            inspected_modules(names) if record_diagonals else (), scales or defaults.SCALES
+        ),
         device=target,
         batch_tokens=batch_tokens,
         cache_bytes=None if cache_gb is None else int(cache_gb * 1e9),

@@ -77,6 +77,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         "data (--data, --tokens, ...)": calibration["sha256"],
         "--batch-tokens": run.batch_tokens,
         "--container": run.container,
+        "--record-diagonals": bool(run.recorder.modules),
         "--device": str(run.device),
         "processor": machine["device"] or machine["processor"],
         "threads": machine["threads"],

@@ -217,7 +217,7 @@ def test_every_option_reaches_the_call(here, monkeypatch, capsys):
     given = options(here, recipe="r.yaml", balance="counts", text_column="t", split="s")
     given += ["--config-name", "c", "--batch-tokens", "2", "--seed", "5", "--device", "cpu"]
     given += ["--container", "4", "--whole-documents", "--overwrite", "--resume"]
-    given += ["--cache-gb", "1.5", "--allow-unfused"]
+    given += ["--cache-gb", "1.5", "--allow-unfused", "--record-diagonals"]
     assert run(monkeypatch, capsys, "quantize", *given)[0] == 0
     for folder in ("plain", "out"):
         (here / folder).rmdir()
@@ -237,6 +237,7 @@ def test_every_option_reaches_the_call(here, monkeypatch, capsys):
         "device": "cpu",
         "container": 4,
         "allow_unfused": True,
+        "record_diagonals": True,
         "overwrite": True,
         "cache_gb": 1.5,
         "resume": True,

@@ -77,6 +77,7 @@ def checkpoint(licensed_model, tmp_path_factory):
     file.write_text("".join(json.dumps({"body": text}) + "\n" for text in random_text()))
     output = tmp_path_factory.mktemp("run") / "new" / "checkpoint"
     settings = DATA | {"data": file, "text_column": "body", "seed": 3}
+    settings["record_diagonals"] = True
     assert maca_llmc.quantize(output, model=str(licensed_model), **settings) == output
     return output
 
@@ -163,11 +164,13 @@ def test_diagonals_are_kept_per_length(checkpoint):
         assert {len(values) for values in by_length.values()} == {width}
 
 
-def test_gptq_keeps_no_diagonals(tiny_models, tmp_path):
+def test_gptq_has_no_diagonals(tiny_models, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("a_stage: {b_modifiers: {GPTQModifier: {scheme: W8A8, ignore: [lm_head]}}}")
-    output = quantize(tiny_models("llama", **SHAPE), tmp_path / "out", recipe)
-    assert not (output / "maca_diagonals.json").exists()
+    source = tiny_models("llama", **SHAPE)
+    with pytest.raises(UserError, match="--record-diagonals: no MaCaModifier"):
+        quantize(source, tmp_path / "out", recipe, record_diagonals=True)
+    output = quantize(source, tmp_path / "out", recipe)
     record = json.loads((output / "maca_run.json").read_text())
     assert record["method"] == "GPTQ" and len(record["modules"]) == 7
 
@@ -260,6 +263,7 @@ def test_contradictory_generation_settings_are_passed_on(tiny_models, tmp_path):
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_models, tmp_path):
     def run(name, seed):
         output = quantize(tiny_models("llama", **SHAPE), tmp_path / name, seed=seed)
+        assert not (output / "maca_diagonals.json").exists(), "nobody asked for it"
         record = json.loads((output / "maca_run.json").read_text())
         return tensors(output), record["calibration"]["sha256"]
 

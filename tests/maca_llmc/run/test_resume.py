@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import quantize, tensors
+from checkpoints import quantize as quantize_plainly
+from checkpoints import tensors
 from loguru import logger
 from transformers import AutoModelForCausalLM
 
@@ -58,8 +59,12 @@ elif moment == "before it is put in place":
     kill_at(Path, "rename", lambda self, target: self.name == "finished")
 elif moment == "before it is tidied up":
     kill_at(state.RunState, "close", lambda *args: True)
-quantize(sys.argv[1], Path(sys.argv[2]), overwrite=True)
+quantize(sys.argv[1], Path(sys.argv[2]), overwrite=True, record_diagonals=True)
 """
+
+
+def quantize(*places, record_diagonals=True, **settings):
+    return quantize_plainly(*places, record_diagonals=record_diagonals, **settings)
 
 
 def start_killed(source, output, moment):
@@ -354,12 +359,13 @@ def test_a_link_stays_and_its_target_is_made(source, unbroken, tmp_path):
         "scales": ({"scales": [8, 32]}, r"--scales was \[.*\] and is \[8, 32\] now"),
         "data": ({"tokens": 64}, r"data \(--data, --tokens, ...\) was"),
         "batches": ({"batch_tokens": 8}, "--batch-tokens was 2048 and is 8 now"),
+        "diagonals": ({"record_diagonals": False}, "--record-diagonals was True and is False now"),
         "recipe": (
             {"recipe": ROOT / "recipes" / "w8a8.maca.yaml"},
             r"recipe was \S.* and is \S.* now",
         ),
     }.values(),
-    ids=["seed", "scales", "data", "batches", "recipe"],
+    ids=["seed", "scales", "data", "batches", "diagonals", "recipe"],
 )
 def test_another_run_is_refused_and_the_difference_named(source, killed, change, named):
     with pytest.raises(UserError, match=f"cannot resume: {named}"):
