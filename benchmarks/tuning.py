@@ -90,8 +90,8 @@ ARMS = {
     **{f"scales-{n}k": Arm(end_to_end={}, tokens=n * 1024) for n in (32, 64)},
     **{f"full-{n}k": Arm(blocks={}, end_to_end={}, tokens=n * 1024) for n in (32, 64, 256)},
     # what blocks are made of, one thing changed at a time
-    "blocks-squared-error": Arm(blocks={"sensitivity": False}),
-    "blocks-first0.1": Arm(blocks={"sensitivity": False, "first_token_weight": 0.1}),
+    "blocks-squared-error": Arm(blocks={"sensitivity_tokens": 0}),
+    "blocks-first0.1": Arm(blocks={"sensitivity_tokens": 0, "first_token_weight": 0.1}),
     **{f"blocks-rate{rate:g}": Arm(blocks={"rate": rate}) for rate in (0.0025, 0.01, 0.02)},
     "blocks-25-steps": Arm(blocks={"steps": 25}),
     "blocks-100-steps": Arm(blocks={"steps": 100}),

@@ -1,5 +1,6 @@
 """Tune decoder layers one after the other, each behind those that are tuned already."""
 
+import random
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from maca_llmc.tuning.layer import LayerResult, LayerTuner, Stream
 from maca_llmc.tuning.options import BlockOptions
 from maca_llmc.tuning.rounding import RoundedWeight
 from maca_llmc.tuning.sensitivity import channel_sensitivity
-from maca_llmc.tuning.windows import batches_of, hold_out
+from maca_llmc.tuning.windows import batches_of, hold_out, sample
 
 CPU = torch.device("cpu")
 
@@ -104,9 +105,12 @@ def _sensitivity(
     base: Any, windows: list[torch.Tensor], options: BlockOptions, seed: int
 ) -> list[torch.Tensor]:
     layers = decoder_layers(base)
-    if options.sensitivity:
-        return channel_sensitivity(base, layers, windows, options.batch_tokens, seed)
-    return [torch.ones(2, base.config.get_text_config().hidden_size) for _ in layers]
+    if not options.sensitivity_tokens:
+        return [torch.ones(2, base.config.get_text_config().hidden_size) for _ in layers]
+    lengths = [len(window) for window in windows]
+    drawn = sample(lengths, options.sensitivity_tokens, random.Random(seed))
+    some = [windows[number] for number in drawn]
+    return channel_sensitivity(base, layers, some, options.batch_tokens, seed)
 
 
 def _weight(module: torch.nn.Module) -> torch.Tensor:

@@ -15,18 +15,19 @@ class BlockOptions:
     :param length_exponent: p of the token weight ``L^-p``
     :param first_token_weight: how many times the weight of its window's tokens the first one gets
     :param check_every: steps between two looks at held-out windows
-    :param sensitivity: weigh errors of channels by what they cost in the end
+    :param sensitivity_tokens: to learn from what errors of channels cost in the end, by which they
+        are weighed; 0 weighs all channels alike
     """
 
     steps: int = 50
     step_tokens: int = 1024
     batch_tokens: int = 2048
-    rate: float = 1 / 50
+    rate: float = 1 / 200
     scale_rate: float = 1e-3
     length_exponent: float = 1.0
     first_token_weight: float = 1.0
     check_every: int = 10
-    sensitivity: bool = True
+    sensitivity_tokens: int = 8192
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class EndToEndOptions:
     :param checks: looks at held-out windows
     """
 
-    step_tokens: int = 2048
+    step_tokens: int = 512
     batch_tokens: int = 2048
     rate: float = 1e-3
     epochs: int = 1

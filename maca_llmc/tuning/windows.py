@@ -45,6 +45,16 @@ def steps(
                 drawn = []
 
 
+def sample(lengths: Sequence[int], tokens: int, generator: random.Random) -> list[int]:
+    """Numbers of windows drawn at random until they hold ``tokens`` tokens, or all of them."""
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    drawn: list[int] = []
+    while order and sum(lengths[number] for number in drawn) < tokens:
+        drawn.append(order.pop())
+    return sorted(drawn)
+
+
 def batches_of(numbers: Iterable[int], lengths: Sequence[int], tokens: int) -> list[Batch]:
     """Put windows of one length together, at most ``tokens`` tokens or one window in a batch."""
     found: list[Batch] = []

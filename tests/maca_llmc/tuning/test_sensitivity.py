@@ -38,9 +38,7 @@ def test_sampled_sensitivity_is_the_fisher_diagonal(tmp_path):
     folder = save_tiny_model("llama", tmp_path, vocab_size=64)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     layers = decoder_layers(model)
-    found = channel_sensitivity(
-        model, layers, [WINDOW] * DRAWS, DRAWS * len(WINDOW), 0, torch.float64
-    )
+    found = channel_sensitivity(model, layers, [WINDOW] * DRAWS, DRAWS * len(WINDOW), seed=0)
     for layer, sampled in zip(layers, found, strict=True):
         fisher = exact(model, layer)
         fisher = torch.stack([fisher[0], fisher[1:].mean(0)])

@@ -3,7 +3,7 @@
 import random
 from itertools import islice
 
-from maca_llmc.tuning.windows import batches_of, hold_out, steps
+from maca_llmc.tuning.windows import batches_of, hold_out, sample, steps
 
 LENGTHS = [128] * 16 + [512] * 4 + [2048]
 
@@ -30,3 +30,10 @@ def test_batches_hold_so_many_tokens_or_one_window():
     batches = batches_of(range(21), LENGTHS, 600)
     assert all(sum(LENGTHS[i] for i in batch) <= 600 or len(batch) == 1 for batch in batches)
     assert sorted(i for batch in batches for i in batch) == list(range(21))
+
+
+def test_a_sample_holds_so_many_tokens_or_all():
+    drawn = sample(LENGTHS, 1000, random.Random(2))
+    assert len(set(drawn)) == len(drawn)
+    assert 1000 <= sum(LENGTHS[i] for i in drawn) < 1000 + 2048
+    assert sample(LENGTHS, 10**6, random.Random(2)) == list(range(len(LENGTHS)))
