@@ -1,6 +1,6 @@
 """What tuning after rounding is worth: arms over models, schemes and seeds, as many tokens each.
 
-    .venv/bin/python benchmarks/tuning.py --arms start light both   # adds what is missing
+    .venv/bin/python benchmarks/tuning.py --arms ours light both   # adds what is missing
     .venv/bin/python benchmarks/tuning.py --arms light --test       # and judges by the test text
     .venv/bin/python benchmarks/tuning_page.py                      # writes TUNING.md
 
@@ -29,103 +29,113 @@ from maca_llmc.evaluation.divergence import Reference
 from maca_llmc.tuning.options import BlockOptions, EndToEndOptions
 
 CELLS = Path(__file__).parent / "results" / "tuning.jsonl"
-STARTS = Path(__file__).parents[1] / "runs" / "tuning-starts"
+CHECKPOINTS = Path(__file__).parents[1] / "runs" / "tuning"
 VALIDATION = {"text": None, "lengths": MAIN.lengths, "windows": 12, "targets": 64}
 NEAREST = "nearest"
 KEY = ("model", "scheme", "arm", "seed")
+Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of tuning.
+    """A way to a checkpoint: quantize by a method, or tune what another arm made.
 
-    :param start: a method of the grid, or ``NEAREST``
+    :param method: of the grid, or ``NEAREST``
+    :param start: the arm that made what is tuned
     :param blocks: options of the stage that differ from the defaults, None to leave it out; so
         ``end_to_end``
-    :param tokens: of each stage
+    :param tokens: of the stage
     """
 
-    start: str = DEFAULT
+    method: str | None = None
+    start: str | None = None
     blocks: dict[str, Any] | None = None
     end_to_end: dict[str, Any] | None = None
     lengths: tuple[int, ...] = MIXED
     tokens: int = TOKENS
 
 
-ALIKE = {"length_exponent": 0.0}
-ONE = {"lengths": (2048,)}
-PAPER = "mixed-p1"
-STOCK = "gptq-2048"
+QUANTIZED = {
+    "nearest": Arm(method=NEAREST),
+    "stock": Arm(method="gptq-2048"),
+    "ours": Arm(method=DEFAULT),
+}
 
 
 def _ablation() -> dict[str, Arm]:
     """{start} x {one length, several} x {tokens alike, each sequence one sample} x {stages}."""
-    starts = {"nearest": NEAREST, "stock": STOCK, "ours": DEFAULT}
-    data = {
-        "one": (ALIKE, ONE),
-        "several": (ALIKE, {}),
-        "maca": ({}, {}),
+    alike = {"length_exponent": 0.0}
+    data: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+        "one": (alike, (2048,)),
+        "several": (alike, MIXED),
+        "maca": ({}, MIXED),
     }
-    stages = {
-        "blocks": lambda fields: {"blocks": fields},
-        "e2e": lambda fields: {"end_to_end": fields},
-        "both": lambda fields: {"blocks": fields, "end_to_end": fields},
-    }
-    return {
-        f"{start}-{text}-{stage}": Arm(start=method, **settings, **of_stages(fields))
-        for start, method in starts.items()
-        for text, (fields, settings) in data.items()
-        for stage, of_stages in stages.items()
-    }
+    arms = {}
+    for start in QUANTIZED:
+        for name, (fields, lengths) in data.items():
+            blocks, scales = f"{start}-{name}-blocks", {"end_to_end": fields, "lengths": lengths}
+            arms[blocks] = Arm(start=start, blocks=fields, lengths=lengths)
+            arms[f"{start}-{name}-scales"] = Arm(start=start, **scales)
+            arms[f"{start}-{name}-both"] = Arm(start=blocks, **scales)
+    return arms
 
 
 ARMS = {
-    "nearest": Arm(start=NEAREST),
-    "stock": Arm(start=STOCK),
-    "start": Arm(),
-    "light": Arm(blocks={}),
-    "scales": Arm(end_to_end={}),
-    "both": Arm(blocks={}, end_to_end={}),
-    **{f"light-{n}k": Arm(blocks={}, tokens=n * 1024) for n in (32, 64)},
-    **{f"scales-{n}k": Arm(end_to_end={}, tokens=n * 1024) for n in (32, 64)},
-    **{f"full-{n}k": Arm(blocks={}, end_to_end={}, tokens=n * 1024) for n in (32, 64, 256)},
+    **QUANTIZED,
+    "light": Arm(start="ours", blocks={}),
+    "scales": Arm(start="ours", end_to_end={}),
+    "both": Arm(start="light", end_to_end={}),
+    **{f"light-{n}k": Arm(start="ours", blocks={}, tokens=n * 1024) for n in (32, 64)},
+    **{f"scales-{n}k": Arm(start="ours", end_to_end={}, tokens=n * 1024) for n in (32, 64)},
+    **{f"both-{n}k": Arm(start=f"light-{n}k", end_to_end={}, tokens=n * 1024) for n in (32, 64)},
     # what blocks are made of, one thing changed at a time
-    "blocks-squared-error": Arm(blocks={"sensitivity_tokens": 0}),
-    "blocks-first0.1": Arm(blocks={"sensitivity_tokens": 0, "first_token_weight": 0.1}),
-    **{f"blocks-rate{rate:g}": Arm(blocks={"rate": rate}) for rate in (0.0025, 0.01, 0.02)},
-    "blocks-25-steps": Arm(blocks={"steps": 25}),
-    "blocks-100-steps": Arm(blocks={"steps": 100}),
+    "blocks-squared-error": Arm(start="ours", blocks={"sensitivity_tokens": 0}),
+    **{
+        f"blocks-rate{rate:g}": Arm(start="ours", blocks={"rate": rate})
+        for rate in (0.0025, 0.01, 0.02)
+    },
+    **{f"blocks-{n}-steps": Arm(start="ours", blocks={"steps": n}) for n in (25, 100)},
     **_ablation(),
 }
 
 
-def start_of(cell: dict[str, Any], model: str) -> Path:
-    """The quantized checkpoint that an arm begins with; made once and kept."""
-    method = ARMS[cell["arm"]].start
-    folder = STARTS / f"{cell['model']}-{cell['scheme']}-{method}-{cell['seed']}"
+def checkpoint(cell: Cell, model: str) -> Path:
+    """A cell's checkpoint; made once and kept, for arms that begin with it."""
+    arm = ARMS[cell["arm"]]
+    folder = CHECKPOINTS / "-".join(str(cell[name]) for name in KEY)
     if folder.exists():
         return folder
-    fields, data = METHODS[DEFAULT] if method == NEAREST else METHODS[method]
-    content = recipe_of(cell["scheme"], fields)
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    if arm.method:
+        return quantized(arm.method, cell, model, folder)
+    return maca_llmc.tune(
+        checkpoint({**cell, "arm": arm.start}, model),
+        folder,
+        base=model,
+        blocks=arm.blocks is not None and BlockOptions(**arm.blocks),
+        end_to_end=arm.end_to_end is not None and EndToEndOptions(**arm.end_to_end),
+        data=CALIBRATION,
+        lengths=arm.lengths,
+        tokens=arm.tokens,
+        seed=cell["seed"],
+    )
+
+
+def quantized(method: str, cell: Cell, model: str, folder: Path) -> Path:
+    """Quantize as the grid does, or to nearest."""
+    fields, data = METHODS[DEFAULT if method == NEAREST else method]
+    recipe = recipe_of(cell["scheme"], fields)
     if method == NEAREST:
-        groups = {
-            "config_groups": content["quantize_stage"]["quantize_modifiers"]["MaCaModifier"][
-                "config_groups"
-            ]
-        }
-        content = {
-            "quantize_stage": {
-                "quantize_modifiers": {"QuantizationModifier": {**groups, "ignore": ["lm_head"]}}
-            }
-        }
-    STARTS.mkdir(parents=True, exist_ok=True)
+        (modifiers,) = (stage["quantize_modifiers"] for stage in recipe.values())
+        kept = {name: modifiers["MaCaModifier"][name] for name in ("config_groups", "ignore")}
+        recipe = {"quantize_stage": {"quantize_modifiers": {"QuantizationModifier": kept}}}
     with tempfile.TemporaryDirectory() as temporary:
-        recipe = Path(temporary) / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(content))
+        path = Path(temporary) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
         return maca_llmc.quantize(
             folder,
             model=model,
-            recipe=recipe,
+            recipe=path,
             data=CALIBRATION,
             tokens=TOKENS,
             seed=cell["seed"],
@@ -139,54 +149,33 @@ def validation(model: str) -> Reference:
     return Reference(model, **VALIDATION)
 
 
-def tuned(cell: dict[str, Any], model: str, folder: Path) -> Path:
-    """An arm's checkpoint."""
-    arm, start = ARMS[cell["arm"]], start_of(cell, model)
-    if arm.blocks is None and arm.end_to_end is None:
-        return start
-    return maca_llmc.tune(
-        start,
-        folder / "tuned",
-        base=model,
-        blocks=arm.blocks is not None and BlockOptions(**arm.blocks),
-        end_to_end=arm.end_to_end is not None and EndToEndOptions(**arm.end_to_end),
-        data=CALIBRATION,
-        lengths=arm.lengths,
-        tokens=arm.tokens,
-        seed=cell["seed"],
-    )
-
-
-def run_cell(cell: dict[str, Any], model: str, test: bool, questions: int) -> dict[str, Any]:
+def run_cell(cell: Cell, model: str, test: bool, questions: int) -> Cell:
     """Tune and judge one cell."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = tuned(cell, model, Path(folder))
-        run = json.loads((checkpoint / record.RECORD_FILE).read_text())
-        found = {"validation": _judged(validation(model), checkpoint)}
-        if test:
-            found["test"] = _judged(reference(model, MAIN, questions), checkpoint)
-    tuning = run.get("tuning", {})
+    folder = checkpoint(cell, model)
+    run = json.loads((folder / record.RECORD_FILE).read_text())
+    found = {"validation": _judged(validation(model), folder)}
+    if test:
+        found["test"] = _judged(reference(model, MAIN, questions), folder)
+    stage = run.get("tuning", run) if ARMS[cell["arm"]].start else run
     return {
         **cell,
         "options": asdict(ARMS[cell["arm"]]),
         **found,
-        "tokens": tuning.get("calibration", run["calibration"])["tokens"],
-        "start_seconds": run["wall_seconds"],
-        "tune_seconds": tuning.get("wall_seconds", {}),
-        "peak_rss_mb": tuning.get("peak_rss_mb"),
+        "tokens": stage["calibration"]["tokens"],
+        "wall_seconds": stage["wall_seconds"],
         "versions": record.versions(),
-        "machine": record.machine(validation(model).device),
+        "machine": stage["machine"],
     }
 
 
-def _judged(judge: Reference, checkpoint: Path) -> dict[str, Any]:
-    results = judge.compare(checkpoint)
+def _judged(judge: Reference, folder: Path) -> dict[str, Any]:
+    results = judge.compare(folder)
     return {name: results[name] for name in ("kl", "perplexity", "tasks") if results.get(name)}
 
 
-def read_cells() -> dict[tuple[Any, ...], dict[str, Any]]:
+def read_cells() -> dict[tuple[Any, ...], Cell]:
     """All cells so far; of one that was run twice the last, with what either was judged by."""
-    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    cells: dict[tuple[Any, ...], Cell] = {}
     if CELLS.exists():
         for line in CELLS.read_text().splitlines():
             cell = json.loads(line)
@@ -200,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["smollm2-135m-instruct"])
     parser.add_argument("--schemes", nargs="+", default=["w3-g32"], choices=SCHEMES)
-    parser.add_argument("--arms", nargs="+", default=["start", "light", "both"], choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=["ours", "light", "both"], choices=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--test", action="store_true", help="report the grid's test text too")
     parser.add_argument("--questions", type=int, default=0, help="of each task, with --test")

@@ -3,6 +3,7 @@
 .venv/bin/python benchmarks/tuning_page.py
 """
 
+import math
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -32,16 +33,28 @@ def kl(cell: Cell, text: str, length: int) -> float:
     return float(cell[text]["kl"][str(length)]["mean"])
 
 
-def start_of(arm: str) -> str | None:
-    """The arm that is what this one begins with; None for those that tune nothing."""
-    if ARMS[arm].blocks is None and ARMS[arm].end_to_end is None:
-        return None
-    return {ARMS[name].start: name for name in ("nearest", "stock", "start")}.get(ARMS[arm].start)
+def start_of(arm: str) -> str:
+    """The arm whose checkpoint had not been tuned, with which this one's way began."""
+    start = ARMS[arm].start
+    return arm if start is None else start_of(start)
+
+
+def minutes(group: Group, arm: str, seed: int) -> float:
+    """Of tuning, with all that was done before it but the first quantization; NaN if not known."""
+    start = ARMS[arm].start
+    if start is None:
+        return 0.0
+    if seed not in group.get(arm, {}):
+        return math.nan
+    own = sum(group[arm][seed]["wall_seconds"].values()) / 60
+    return own + minutes(group, start, seed)
 
 
 def ratio(group: Group, arm: str, text: str) -> float | None:
     """KL after by KL before, the mean over lengths of each seed's ratio."""
-    start = group.get(start_of(arm) or "", {})
+    if start_of(arm) == arm:
+        return None
+    start = group.get(start_of(arm), {})
     found = [
         kl(cell, text, length) / kl(start[seed], text, length)
         for seed, cell in group[arm].items()
@@ -63,7 +76,7 @@ def table(group: Group, text: str) -> str:
     for arm, cells in sorted(judged.items(), key=lambda item: _mean_kl(item[1], text)):
         of_lengths = [statistics.fmean(kl(cell, text, n) for cell in cells) for n in LENGTHS]
         value = ratio(group, arm, text)
-        minutes = statistics.median(sum(cell["tune_seconds"].values()) / 60 for cell in cells)
+        spent = statistics.median(minutes(group, arm, cell["seed"]) for cell in cells)
         rows.append(
             [
                 arm,
@@ -71,7 +84,7 @@ def table(group: Group, text: str) -> str:
                 *(f"{value:.4f}" for value in of_lengths),
                 "" if value is None else f"{value:.3f}",
                 f"{cells[0]['tokens']:,}",
-                f"{minutes:.1f}" if minutes else "",
+                f"{spent:.1f}" if spent > 0 else "",
             ]
         )
     return markdown(rows)
@@ -90,7 +103,14 @@ def arms_described(groups: dict[tuple[str, str], Group]) -> str:
             "" if stage is None else _fields(stage)
             for stage in (options.blocks, options.end_to_end)
         ]
-        rows.append([arm, options.start, *stages, ", ".join(map(str, options.lengths))])
+        rows.append(
+            [
+                arm,
+                options.start or options.method or "",
+                *stages,
+                ", ".join(map(str, options.lengths)),
+            ]
+        )
     return markdown(rows)
 
 
