@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +32,7 @@ from maca_llmc.llmcompressor_api import (
     separate_experts,
 )
 from maca_llmc.model import base_weights, smollm2
+from maca_llmc.recipe.targets import by_end
 
 READ_AT_ONCE = 2**22
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -251,7 +253,8 @@ def save_model(model: Any, folder: Path) -> None:
     """Write a quantized model so that both vLLM and transformers can read it.
 
     llm-compressor writes what is not quantized under the checkpoint's names, which vLLM reads.
-    transformers looks for its own names: where they differ (a vision tower), both are listed.
+    transformers looks for its own names: where they differ (a vision tower), both are listed. vLLM
+    builds some Linears outside the layers elsewhere (Gemma 3n): those are listed by their end.
     What the base model says of generation is passed on as it is: some of it (a temperature beside
     ``do_sample: false``) transformers reads and would not write. Draft layers that are not there
     are no longer promised.
@@ -261,16 +264,23 @@ def save_model(model: Any, folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     ignored = config["quantization_config"]["ignore"]
-    ignored += [
+    plain = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and not is_module_quantized(module)
-        and name not in ignored
+        if isinstance(module, torch.nn.Linear) and not is_module_quantized(module)
     ]
+    ignored += [name for name in plain if name not in ignored]
+    ignored += _ends(model, [name for name in plain if not base_weights.LAYER.search(name)])
     if not base_weights.draft_tensors(base_weights.read_headers(str(folder)), model.config):
         base_weights.forget_draft_layers(config)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _ends(model: torch.nn.Module, names: list[str]) -> list[str]:
+    """Expressions for the ends of modules' names, but of those that would name quantized ones."""
+    quantized = [name for name, module in model.named_modules() if is_module_quantized(module)]
+    ends = dict.fromkeys(by_end(name) for name in names if "." in name)
+    return [end for end in ends if not any(re.match(end[3:], name) for name in quantized)]
 
 
 def meta_model(config: Any) -> Any:

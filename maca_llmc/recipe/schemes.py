@@ -1,5 +1,6 @@
 """How a recipe quantizes Linears, and whether they allow it."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -179,6 +180,14 @@ def _check_head(modifier: Any, model: Any, targeted: dict[str, int]) -> None:
             f"gptaq_alpha: works within decoder layers, and the recipe quantizes {names[0]}: add "
             "it to its ignore list"
         )
+    for name in names:
+        targets = modifier.resolved_targets
+        if not any(name == t or (t[:3] == "re:" and re.match(t[3:], name)) for t in targets):
+            raise CalibrationError(
+                f"the recipe quantizes {name} by its class, and vLLM only takes a head that a "
+                f"target names for quantized: add {name} to the ignore list, or 're:.*{name}$' to "
+                "the targets"
+            )
 
 
 def _check_kinds(modifier: Any) -> None:

@@ -43,12 +43,16 @@ EXPERTS = re.compile(r"(.*\bexperts)\.\d+\.")
 """What stands before the number of an expert: vLLM makes one of all of them."""
 
 
+LEAST_WIDTH = 16
+"""Linears of fewer inputs or outputs stay as they are: no kernel of vLLM's takes them."""
+
+
 def default_ignore(model: torch.nn.Module) -> list[str]:
     """The entries of ``LEFT_ALONE`` that match anything in ``model``, and more that stays as it is.
 
-    That is Linears outside the decoder layers, to which no layer's calibration comes (Gemma 3n),
-    Linears of a kind of their own, and first-generation Mamba mixers, which vLLM builds without a
-    quantization config (Jamba).
+    That is Linears outside the decoder layers, to which no layer's calibration comes, Linears of
+    fewer than ``LEAST_WIDTH`` inputs or outputs (both in Gemma 3n), Linears of a kind of their own,
+    and first-generation Mamba mixers, which vLLM builds without a quantization config (Jamba).
     """
     names = [name for name, _ in model.named_modules()]
     ignored = [
@@ -59,9 +63,24 @@ def default_ignore(model: torch.nn.Module) -> list[str]:
         )
     ]
     inside = {module for layer in decoder_layers(model) for module in layer.modules()}
-    linears = match_named_modules(model, ["Linear"], ignored)
-    others = [name for name, m in linears if m not in inside or not _is_plain(m)]
-    return ignored + others
+    others = [
+        name if module in inside and not _is_small(module) else by_end(name)
+        for name, module in match_named_modules(model, ["Linear"], ignored)
+        if module not in inside or not _is_plain(module) or _is_small(module)
+    ]
+    return ignored + list(dict.fromkeys(others))
+
+
+def by_end(name: str) -> str:
+    """An expression for the end of a module's name; vLLM puts some modules elsewhere (Gemma 3n)."""
+    parts = name.split(".")
+    start = max(index for index, part in enumerate(parts) if not part.isdigit())
+    end = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts[start:])
+    return rf"re:(.*\.)?{end}$"
+
+
+def _is_small(module: Any) -> bool:
+    return min(module.in_features, module.out_features) < LEAST_WIDTH
 
 
 def _mamba_mixers(names: list[str]) -> list[str]:

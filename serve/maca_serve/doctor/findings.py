@@ -113,6 +113,10 @@ def _stored_otherwise(layers: list[Entry], contents: Contents) -> list[Problem]:
             how = "quantized" if entry["quantized"] else "not quantized"
             what = f"vLLM reads quantization_config as {how} here, and its tensors are otherwise"
             cure = "mend `ignore` and the targets in quantization_config"
+            if entry["class"] == "ParallelLMHead" and all(stored):
+                what = "vLLM takes an output head for quantized only where a target names it"
+                last = entry["layer"].rpartition(".")[2]
+                cure = f"add 're:.*{last}$' to the targets of its group"
             problems.append(Problem("error", what, cure, [entry["layer"]]))
     return problems
 

@@ -20,8 +20,8 @@ from maca_serve.doctor.traps import (
 Entry = dict[str, Any]
 # To be replaced where no change that was tried helps.
 CHANGES = "make one of the changes below"
-# So vLLM says that it has no code, with all arguments after it.
-_NO_SCHEME = "No compressed-tensors compatible scheme was found"
+# So vLLM says that it has no code, with all arguments after it, or stumbles over what is missing.
+_NO_SCHEME = ("No compressed-tensors compatible scheme was found", "AttributeError: 'NoneType'")
 # So vLLM's experts classes say what they are not for.
 _OTHER_DEVICE = "does not support current device"
 
@@ -78,7 +78,7 @@ def _no_kernel(entry: Entry, config: dict[str, Any], answer: Entry) -> Problem:
     error = (entry["error"] or "vLLM chose no kernel").split(" Reasons:")[0]
     if entry.get("experts") and error.startswith("NotImplementedError"):
         error = _no_experts_class(entry)
-    if _NO_SCHEME in error:
+    if any(words in error for words in _NO_SCHEME):
         error = f"vLLM has no code for {_in_words(entry['parts'][0], config)}"
     return Problem("error", error, CHANGES, [entry["layer"]])
 

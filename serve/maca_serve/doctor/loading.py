@@ -271,7 +271,8 @@ class Names:
         elif last == "attn" and suffix in ("k_scale", "v_scale"):
             wanted = {f"{parent}.{suffix}"}
         else:
-            wanted = {f"{parent}.{part}.{suffix}" for part in self.parts.get(last, [last])}
+            before = f"{parent}." if parent else ""
+            wanted = {f"{before}{part}.{suffix}" for part in self.parts.get(last, [last])}
         return {self.absent.get(name, name) for name in wanted - self.present}
 
 

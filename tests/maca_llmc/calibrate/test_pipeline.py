@@ -33,8 +33,8 @@ class Watched(MaCaModifier):
         super().compress_module_list(module_list)
 
 
-def calibrate(model, data, pipeline, ignore=("lm_head",), after=(), **fields):
-    modifier = Watched(**SCHEME | {"ignore": list(ignore)}, nested_scales=[8, 16], **fields)
+def calibrate(model, data, pipeline, after=(), **fields):
+    modifier = Watched(**SCHEME | {"nested_scales": [8, 16]} | fields)
     with computing_on(CPU):
         oneshot(model=model, dataset=data, recipe=[*after, modifier], pipeline=pipeline)
     return modifier.found
@@ -149,9 +149,11 @@ def test_the_layers_are_back_in_place(tiny_model):
 
 def test_a_quantized_head_goes_through_the_sequential_pipeline_and_says_so(tiny_model):
     model, said = tiny_model("llama"), []
+    named = SCHEME["config_groups"]["group_0"] | {"targets": ["Linear", "re:.*lm_head$"]}
+    groups = {"group_0": named}
     handle = logger.add(lambda message: said.append(message.record["message"]), level="WARNING")
     try:
-        calibrate(model, loader(random_sequences([16, 8])), NAME, ignore=())
+        calibrate(model, loader(random_sequences([16, 8])), NAME, ignore=[], config_groups=groups)
     finally:
         logger.remove(handle)
     assert any("sequential pipeline" in message and "lm_head" in message for message in said)

@@ -205,6 +205,9 @@ def test_layers_that_share_keys_and_values_run(tiny_models, tmp_path, family, mo
     folder = tiny_models(family, num_hidden_layers=4)
     output = run(folder, tmp_path / "out")
     assert "model.per_layer_model_projection.weight" in read_headers(str(output))
+    # vLLM calls it model.self_decoder.per_layer_model_projection in Gemma 3n
+    written = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert r"re:(.*\.)?per_layer_model_projection$" in written["ignore"]
     monkeypatch.setattr(plans, "ask_kernels", lambda run: [])
     options = {"data": random_text(16), "scales": [16, 32], "tokens": 256}
     assert plans.plan(tmp_path / "plan", model=folder, **options)["seconds"]["total"] > 0

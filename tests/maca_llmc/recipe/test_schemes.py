@@ -65,9 +65,13 @@ def test_a_group_is_checked_against_what_others_leave_it():
 
 
 def test_the_head_may_be_quantized_where_it_is_not_the_embedding():
-    quantizing = modifier(32)
+    quantizing = modifier(32, ["Linear", "re:.*lm_head$"])
     quantizing.ignore = []
     check_schemes(quantizing, shapes("llama"))
+    unnamed = modifier(32)
+    unnamed.ignore = []
+    with pytest.raises(UserError, match=r"lm_head by its class, and vLLM.* or 're:.*lm_head\$'"):
+        check_schemes(unnamed, shapes("llama"))
     assert "lm_head" in linear_widths(shapes("llama"), ["Linear"], [])
     with pytest.raises(UserError, match=r"lm_head, which is the input emb.*: add lm_head"):
         check_schemes(quantizing, shapes("llama", tie_word_embeddings=True))

@@ -192,6 +192,13 @@ def test_tensors_and_config_that_disagree():
     assert "as quantized here, and its tensors are otherwise" in whats(diagnosis)[0]
 
 
+def test_a_quantized_head_that_no_target_names():
+    head = entry("lm_head", **{"class": "ParallelLMHead", "quantized": False, "kernel": None})
+    (problem,) = diagnose(head, quantized={"lm_head"})["problems"]
+    assert problem["what"] == "vLLM takes an output head for quantized only where a target names it"
+    assert problem["cure"] == "add 're:.*lm_head$' to the targets of its group"
+
+
 def test_fused_modules_of_which_some_are_quantized():
     fused = entry("m.gate_up_proj", parts=["m.gate_proj", "m.up_proj"])
     diagnosis = diagnose(fused, quantized={"m.up_proj"})
@@ -308,9 +315,10 @@ NO_SCHEME = (
 )
 
 
-def test_one_finding_for_all_layers_that_have_no_scheme():
+@pytest.mark.parametrize("said", [NO_SCHEME, "AttributeError: 'NoneType' object has no attribute"])
+def test_one_finding_for_all_layers_that_have_no_scheme(said):
     names = [f"model.layers.{i}.{part}" for i in range(3) for part in ("o_proj", "down_proj")]
-    layers = [entry(name, kernel=None, error=NO_SCHEME.format(name)) for name in names]
+    layers = [entry(name, kernel=None, error=said.format(name)) for name in names]
     (problem,) = [p for p in diagnose(*layers)["problems"] if "no code" in p["what"]]
     assert problem["count"] == 6
     what = "vLLM has no code for weights of 4 bits (int, one scale per group) alone"
