@@ -3,9 +3,7 @@
 Writes, byte for byte the same on every run from the same package versions:
 
 - ``maca_llmc/assets/calibration.jsonl``: text to calibrate on,
-- ``maca_llmc/assets/evaluation.jsonl``: other works, to measure on,
-- ``serve/maca_serve/assets/evaluation.jsonl``: the same file for the serve side, which
-  never imports the quantize side.
+- ``maca_llmc/assets/evaluation.jsonl``: other works, to measure on.
 
 A row is ``{"text": ..., "source": ...}``. ``maca_llmc/assets/README.md`` names the works.
 
@@ -322,7 +320,6 @@ def main() -> None:
         raise SystemExit(f"calibration and evaluation share text: {sorted(overlap)[:3]}")
     write(ROOT / "maca_llmc/assets/calibration.jsonl", calibration)
     write(ROOT / "maca_llmc/assets/evaluation.jsonl", evaluation)
-    write(ROOT / "serve/maca_serve/assets/evaluation.jsonl", evaluation)
 
 
 if __name__ == "__main__":

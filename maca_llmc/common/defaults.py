@@ -1,5 +1,11 @@
 """Defaults that the commands and the Python calls share."""
 
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+EVALUATION_SAMPLE = ASSETS / "evaluation.jsonl"
+"""English text to evaluate on."""
+
 MODEL = "smollm2-135m-instruct"
 """The embedded model."""
 
@@ -23,3 +29,6 @@ EVALUATION_TARGETS = 32
 
 EVALUATION_LIMIT = 200
 """Questions of a multiple-choice task."""
+
+CONTAINER_BITS = 4
+"""Bits that 2- and 3-bit codes are stored in on request: all 4-bit kernels read them."""

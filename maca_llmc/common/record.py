@@ -13,6 +13,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
+from maca_llmc.common.processor import processor_name
+
 RECORD_FILE = "maca_run.json"
 CPU = torch.device("cpu")
 PACKAGES = ("maca-llmc", "llmcompressor", "compressed-tensors", "transformers", "torch")
@@ -124,14 +126,4 @@ def write_card(folder: Path, name: str, record: dict[str, Any]) -> None:
 
 def _processor() -> str:
     """Its name and the vectors torch uses: one name stands for kinds with AVX-512 and without."""
-    return f"{_processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+    return f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})"

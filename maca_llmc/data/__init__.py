@@ -7,14 +7,12 @@ from maca_llmc.data.calibration import (
 from maca_llmc.data.rows import Document
 from maca_llmc.data.sources import (
     CALIBRATION_SAMPLE,
-    EVALUATION_SAMPLE,
     describe_source,
     read_documents,
 )
 
 __all__ = [
     "CALIBRATION_SAMPLE",
-    "EVALUATION_SAMPLE",
     "CalibrationSet",
     "Document",
     "build_calibration_set",

@@ -18,6 +18,7 @@ from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 from pyarrow import ArrowException
 
+from maca_llmc.common.defaults import ASSETS
 from maca_llmc.common.errors import UserError
 from maca_llmc.common.jsonl import cut_lines, parse, parse_rows, read_text
 from maca_llmc.common.progress import tell
@@ -26,9 +27,7 @@ from maca_llmc.data.rows import COLUMNS, TOOLS, Document, RowReader, read_rows
 
 Source: TypeAlias = str | Path | Dataset | list[Any] | None
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 CALIBRATION_SAMPLE = ASSETS / "calibration.jsonl"
-EVALUATION_SAMPLE = ASSETS / "evaluation.jsonl"
 
 TEXT_SUFFIXES = (".txt", ".md")
 FILE_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".csv")

@@ -22,7 +22,7 @@ from maca_llmc.common.progress import quiet
 from maca_llmc.common.resource_errors import named_memory
 from maca_llmc.common.stats import mean_and_error, perplexity
 from maca_llmc.common.tokens import special_tokens
-from maca_llmc.data import EVALUATION_SAMPLE, read_documents
+from maca_llmc.data import read_documents
 from maca_llmc.data.calibration import check_ids, tokenize
 from maca_llmc.evaluation.choices import score_questions
 from maca_llmc.evaluation.questions import Question, longest_prompt, prompt_tokens, read_questions
@@ -119,7 +119,7 @@ class Reference:
         prefix, _ = special_tokens(tokenizer)
         _check_counts(windows=windows, targets=targets, limit=limit)
         check_lengths(lengths, context, targets=targets, prefix=len(prefix))
-        documents = read_documents(EVALUATION_SAMPLE if text is None else text)
+        documents = read_documents(defaults.EVALUATION_SAMPLE if text is None else text)
         ids = [tokenize(tokenizer, document, prefix) for document in documents]
         spans = cut_spans(ids, len(prefix), lengths[-1], windows)
         self._targets = targets

@@ -6,9 +6,8 @@ from copy import deepcopy
 import torch
 from compressed_tensors.quantization import QuantizationScheme
 
+from maca_llmc.common.defaults import CONTAINER_BITS
 from maca_llmc.common.errors import UserError
-
-CONTAINER_BITS = 4
 
 
 def check_container(schemes: Iterable[QuantizationScheme]) -> None:

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import maca_llmc
-from maca_llmc.data import EVALUATION_SAMPLE, read_documents
+from maca_llmc.common.defaults import EVALUATION_SAMPLE
+from maca_llmc.data import read_documents
 from maca_llmc.model.smollm2 import embedded_model
 
 ROOT = Path(__file__).parents[2]

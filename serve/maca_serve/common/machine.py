@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maca_llmc.common.memory import total_memory
+from maca_llmc.common.processor import processor_field, processor_name
 from maca_serve.common.errors import UserError
 
 # Instruction sets that decide which low-bit kernels exist on a CPU and how fast they are.
@@ -59,9 +60,8 @@ def versions() -> dict[str, str | None]:
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores and bytes of memory this process may use, instruction sets, vLLM's cards."""
-    name = _field(_cpu_info(), "model name")
     return {
-        "cpu": name or platform.processor() or platform.machine(),
+        "cpu": processor_name(),
         "cores": len(physical_cpus()),
         "memory_bytes": total_memory(),
         "cpu_flags": cpu_flags(),
@@ -71,7 +71,7 @@ def describe_machine() -> dict[str, Any]:
 
 def cpu_flags() -> list[str]:
     """Those of CPU_FLAGS that this processor has."""
-    flags = set(_field(_cpu_info(), "flags").split())
+    flags = set(processor_field("flags").split())
     return [flag for flag in CPU_FLAGS if flag in flags]
 
 
@@ -87,19 +87,6 @@ def physical_cpus() -> list[int]:
             package, core = "?", str(cpu)
         chosen.setdefault((package, core), cpu)
     return list(chosen.values())
-
-
-def _cpu_info() -> str:
-    info = Path("/proc/cpuinfo")
-    return info.read_text() if info.is_file() else ""
-
-
-def _field(text: str, name: str) -> str:
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return ""
 
 
 def _version(name: str) -> str | None:

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maca_llmc.common.defaults import EVALUATION_SAMPLE
 from maca_llmc.common.errors import UserError, first_line
 from maca_llmc.common.jsonl import parse, read_lines, read_text
 from maca_llmc.common.tokens import encode, special_tokens, without_prefix
-
-DEFAULT_TEXT = Path(__file__).parents[1] / "assets" / "evaluation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def read_corpus(path: Path | None = None) -> Corpus:
     Raises:
         UserError: missing, unreadable or empty file, another suffix, a broken or wrong row.
     """
-    path = path or DEFAULT_TEXT
+    path = path or EVALUATION_SAMPLE
     if not path.is_file():
         raise UserError(f"{path}: no such text file")
     if path.suffix == ".jsonl":

@@ -9,13 +9,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from maca_llmc.common.defaults import CONTAINER_BITS
 from maca_llmc.common.files import write_json
 from maca_serve.common.errors import UserError
 from maca_serve.doctor.checks import check, refuse_errors
 from maca_serve.doctor.headers import INDEX, Tensor, read_headers
 from maca_serve.formats.checkpoint import Checkpoint, open_checkpoint
 from maca_serve.formats.widening import (
-    CONTAINER_BITS,
     Widener,
     check_widening,
     widen_config,

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
+from maca_llmc.common.defaults import CONTAINER_BITS
 from maca_serve.common.errors import UserError
 from maca_serve.doctor.schemes import scheme_finder
 from maca_serve.formats.dequantization import PACKED
 from maca_serve.formats.packing import unpack, unpack_columns
 from maca_serve.formats.schemes import describe_scheme
 
-CONTAINER_BITS = 4
 _AS_IT_IS = "serve it as it is"
 
 

@@ -2,13 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-from maca_llmc.data import CALIBRATION_SAMPLE, EVALUATION_SAMPLE, read_documents
-
-SERVE_COPY = Path(__file__).parents[3] / "serve/maca_serve/assets/evaluation.jsonl"
+from maca_llmc.common.defaults import EVALUATION_SAMPLE
+from maca_llmc.data import CALIBRATION_SAMPLE, read_documents
 
 
 @pytest.mark.parametrize("path", [CALIBRATION_SAMPLE, EVALUATION_SAMPLE])
@@ -36,7 +34,3 @@ def test_no_text_in_both():
         return {tuple(text[i : i + 20]) for text in words for i in range(len(text) - 19)}
 
     assert not runs(CALIBRATION_SAMPLE) & runs(EVALUATION_SAMPLE)
-
-
-def test_both_distributions_ship_the_same_evaluation():
-    assert SERVE_COPY.read_bytes() == EVALUATION_SAMPLE.read_bytes()

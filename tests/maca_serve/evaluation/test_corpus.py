@@ -2,7 +2,9 @@ import json
 
 import pytest
 from maca_serve.common.errors import UserError
-from maca_serve.evaluation.corpus import DEFAULT_TEXT, Tokens, load_tokenizer, read_corpus, tokenize
+from maca_serve.evaluation.corpus import Tokens, load_tokenizer, read_corpus, tokenize
+
+from maca_llmc.common.defaults import EVALUATION_SAMPLE
 
 
 def test_txt_is_one_document(tmp_path):
@@ -19,7 +21,7 @@ def test_jsonl_documents_keep_their_order(tmp_path):
 
 def test_own_text_is_shipped():
     corpus = read_corpus()
-    assert corpus.path == DEFAULT_TEXT
+    assert corpus.path == EVALUATION_SAMPLE
     assert len(corpus.sha256) == 64
     assert sum(map(len, corpus.documents)) > 100_000
 
