@@ -31,7 +31,7 @@ from maca_llmc.tuning.options import BlockOptions, EndToEndOptions
 CELLS = Path(__file__).parent / "results" / "tuning.jsonl"
 CHECKPOINTS = Path(__file__).parents[1] / "runs" / "tuning"
 VALIDATION = {"text": None, "lengths": MAIN.lengths, "windows": 12, "targets": 64}
-NEAREST = "nearest"
+NEAREST, NEAREST_MSE = "nearest", "nearest by squared error"
 KEY = ("model", "scheme", "arm", "seed")
 Cell = dict[str, Any]
 
@@ -40,7 +40,7 @@ Cell = dict[str, Any]
 class Arm:
     """A way to a checkpoint: quantize by a method, or tune what another arm made.
 
-    :param method: of the grid, or ``NEAREST``
+    :param method: of the grid, or to the nearest code
     :param start: the arm that made what is tuned
     :param blocks: options of the stage that differ from the defaults, None to leave it out; so
         ``end_to_end``
@@ -57,7 +57,10 @@ class Arm:
 
 QUANTIZED = {
     "nearest": Arm(method=NEAREST),
+    "nearest-mse": Arm(method=NEAREST_MSE),
     "stock": Arm(method="gptq-2048"),
+    "stock-512": Arm(method="gptq-512"),
+    "paper": Arm(method="mixed-p1"),
     "ours": Arm(method=DEFAULT),
 }
 
@@ -71,7 +74,7 @@ def _ablation() -> dict[str, Arm]:
         "maca": ({}, MIXED),
     }
     arms = {}
-    for start in QUANTIZED:
+    for start in ("nearest", "stock", "ours"):
         for name, (fields, lengths) in data.items():
             blocks, scales = f"{start}-{name}-blocks", {"end_to_end": fields, "lengths": lengths}
             arms[blocks] = Arm(start=start, blocks=fields, lengths=lengths)
@@ -92,7 +95,7 @@ ARMS = {
     "blocks-squared-error": Arm(start="ours", blocks={"sensitivity_tokens": 0}),
     **{
         f"blocks-rate{rate:g}": Arm(start="ours", blocks={"rate": rate})
-        for rate in (0.0025, 0.01, 0.02)
+        for rate in (0.0025, 0.005, 0.01, 0.02)
     },
     **{f"blocks-{n}-steps": Arm(start="ours", blocks={"steps": n}) for n in (25, 100)},
     **_ablation(),
@@ -123,9 +126,11 @@ def checkpoint(cell: Cell, model: str) -> Path:
 
 def quantized(method: str, cell: Cell, model: str, folder: Path) -> Path:
     """Quantize as the grid does, or to nearest."""
-    fields, data = METHODS[DEFAULT if method == NEAREST else method]
-    recipe = recipe_of(cell["scheme"], fields)
-    if method == NEAREST:
+    nearest = method in (NEAREST, NEAREST_MSE)
+    fields, data = METHODS[DEFAULT if nearest else method]
+    observed = {"observer": "memoryless_mse"} if method == NEAREST_MSE else {}
+    recipe = recipe_of(cell["scheme"], fields | observed)
+    if nearest:
         (modifiers,) = (stage["quantize_modifiers"] for stage in recipe.values())
         kept = {name: modifiers["MaCaModifier"][name] for name in ("config_groups", "ignore")}
         recipe = {"quantize_stage": {"quantize_modifiers": {"QuantizationModifier": kept}}}

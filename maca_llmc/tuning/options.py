@@ -22,7 +22,7 @@ class BlockOptions:
     steps: int = 50
     step_tokens: int = 1024
     batch_tokens: int = 2048
-    rate: float = 1 / 200
+    rate: float = 0.0075
     scale_rate: float = 1e-3
     length_exponent: float = 1.0
     first_token_weight: float = 1.0
