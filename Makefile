@@ -18,7 +18,7 @@ CAPABILITY := $(if $(filter cuda,$(SERVE)),$(shell nvidia-smi --query-gpu=comput
 SERVED := $(if $(AVX2),maca-w8a8,gptq maca $(if $(filter 10 11 12,$(CAPABILITY)),,maca-w8a8))
 SHOWN := $(or $(word 2,$(SERVED)),$(SERVED))
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup peers demo test lint format clean
 
 setup: .venv/.installed .venv-serve/.installed-$(SERVE)
 
@@ -41,6 +41,15 @@ setup: .venv/.installed .venv-serve/.installed-$(SERVE)
 	$(PYTHON) -m venv --clear .venv-serve
 	$(ENGINE)/pip install -q --no-deps -r requirements/serve-cuda.txt
 	$(ENGINE)/pip install -q --no-deps --no-build-isolation -e . -e ./serve
+	touch $@
+
+# What the board compares with, for benchmarks/board.py.
+peers: .venv-peers/.installed
+
+.venv-peers/.installed: requirements/peers.txt
+	$(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/pip install -q $(TORCH)
+	.venv-peers/bin/pip install -q --no-deps -r requirements/peers.txt
 	touch $@
 
 # The main job on the embedded model: GPTQ at one length against MaCa at several, as many tokens.
@@ -80,4 +89,4 @@ format: .venv/.installed
 	$(QUANTIZE)/ruff format .
 
 clean:
-	rm -rf .venv .venv-serve runs
+	rm -rf .venv .venv-serve .venv-peers runs

@@ -2,7 +2,7 @@
 
     .venv-peers/bin/python benchmarks/board_autoround.py MODEL WINDOWS SCHEME OUTPUT --iters 50
 
-WINDOWS is a safetensors file with token ids ``[windows, length]`` under ``ids``; SCHEME is JSON with
+WINDOWS is a safetensors file of token ids ``[windows, length]`` under ``ids``; SCHEME is JSON with
 bits, group_size and sym. OUTPUT gets the model with dequantized weights.
 """
 

@@ -158,9 +158,9 @@ def run_cell(cell: Cell, model: str, test: bool, questions: int) -> Cell:
     """Tune and judge one cell."""
     folder = checkpoint(cell, model)
     run = json.loads((folder / record.RECORD_FILE).read_text())
-    found = {"validation": _judged(validation(model), folder)}
+    found = {"validation": judged(validation(model), folder)}
     if test:
-        found["test"] = _judged(reference(model, MAIN, questions), folder)
+        found["test"] = judged(reference(model, MAIN, questions), folder)
     stage = run.get("tuning", run) if ARMS[cell["arm"]].start else run
     return {
         **cell,
@@ -173,7 +173,8 @@ def run_cell(cell: Cell, model: str, test: bool, questions: int) -> Cell:
     }
 
 
-def _judged(judge: Reference, folder: Path) -> dict[str, Any]:
+def judged(judge: Reference, folder: Path) -> dict[str, Any]:
+    """How far a checkpoint is from its base, by length, and its answers to tasks."""
     results = judge.compare(folder)
     return {name: results[name] for name in ("kl", "perplexity", "tasks") if results.get(name)}
 
