@@ -4,13 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from maca_llmc.gptq.shared_inputs import Input, SharedInputs
 from maca_llmc.llmcompressor_api import all_experts_on_meta
 
-LENGTHS = (64, 128)
-"""Two lengths that tell the linear from the quadratic part of the FLOPs."""
+LENGTH = 64
+"""Tokens of the sequence that is run."""
 
 
 def distinct_inputs(shapes: Any, names: Iterable[str]) -> list[list[str]]:
@@ -34,26 +33,11 @@ def distinct_inputs(shapes: Any, names: Iterable[str]) -> list[list[str]]:
 
         handles.append(module.register_forward_pre_hook(hook))
     try:
-        _forward(shapes, LENGTHS[0])
+        _forward(shapes, LENGTH)
     finally:
         for handle in handles:
             handle.remove()
     return [[name_of[module] for module in group.members] for group in shared.take()]
-
-
-def forward_flops(shapes: Any) -> tuple[float, float]:
-    """``(a, b)`` so that a sequence of T tokens takes ``a T + b T^2`` FLOPs through the layers.
-
-    :param shapes: a model on the meta device
-    """
-    short, long = LENGTHS
-    counts = []
-    for length in LENGTHS:
-        with FlopCounterMode(display=False) as counter:
-            _forward(shapes, length)
-        counts.append(counter.get_total_flops())
-    quadratic = (counts[1] / long - counts[0] / short) / (long - short)
-    return counts[0] / short - quadratic * short, quadratic
 
 
 @torch.no_grad()

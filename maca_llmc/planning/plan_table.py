@@ -1,6 +1,5 @@
 """A plan as tables on the terminal."""
 
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -35,18 +34,12 @@ def _modules(plan: dict[str, Any]) -> Table:
 
 
 def _costs(plan: dict[str, Any]) -> Table:
-    table = Table(
-        title="what it takes (estimates, for a machine as busy as now)", show_header=False
-    )
-    memory, seconds, flops = plan["memory"], plan["seconds"], plan["flops"]
+    table = Table(title="what it takes (estimates)", show_header=False)
+    memory = plan["memory"]
     calibration, hessians = plan["calibration"], plan["hessians"]
     lengths = describe_lengths(calibration)
     table.add_row("calibration", f"{calibration['tokens']} tokens ({lengths})")
     table.add_row("Hessians", f"{hessians['distinct']} for {hessians['modules']} modules")
-    table.add_row("work", f"{sum(flops.values()) / 1e12:.3g} TFLOP")
-    table.add_row("time to calibrate", _duration(seconds["total"]))
-    for part in flops:
-        table.add_row(f"  {part}", f"{_duration(seconds[part])}, {flops[part] / 1e12:.3g} TFLOP")
     table.add_row("peak host memory", size(memory["host"]))
     if memory["device"]:
         table.add_row("peak device memory", size(memory["device"]))
@@ -81,7 +74,3 @@ def _kernels(plan: dict[str, Any]) -> Table:
 
 def _count(number: int) -> str:
     return f"{number / 1e6:.4g} M"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

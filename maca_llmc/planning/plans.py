@@ -11,24 +11,15 @@ import psutil
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 
-from maca_llmc.calibrate.full_precision import asymmetric_modifiers, forward_passes
+from maca_llmc.calibrate.full_precision import asymmetric_modifiers
 from maca_llmc.common.memory import available_memory
 from maca_llmc.common.progress import quiet, tell
 from maca_llmc.data.calibration import batches_of_equal_length
 from maca_llmc.gptq.hessian import ROWS_AT_ONCE
-from maca_llmc.gptq.scales import are_searched
 from maca_llmc.gptq.stacks import ROWS_PER_STACK
 from maca_llmc.llmcompressor_api import GPTQModifier, decoder_layers
 from maca_llmc.planning.ask_doctor import ask_kernels
-from maca_llmc.planning.distinct_inputs import distinct_inputs, forward_flops
-from maca_llmc.planning.probe import (
-    Speeds,
-    factorize_flops,
-    hessian_flops,
-    probe,
-    search_flops,
-    sweep_flops,
-)
+from maca_llmc.planning.distinct_inputs import distinct_inputs
 from maca_llmc.recipe.containers import CONTAINER_BITS
 from maca_llmc.recipe.schemes import describe_scheme
 from maca_llmc.recipe.targets import linear_schemes, linear_widths
@@ -52,22 +43,19 @@ class Solve:
 def plan(output: str | Path, **options: Any) -> dict[str, Any]:
     """What :func:`maca_llmc.quantize` would do with the same arguments, and what it would take.
 
-    Weights are not loaded; speeds are tried for a few seconds, and the serve environment is asked
-    for its kernels, which takes about a minute. Sizes are in bytes, times in seconds, and both are
-    estimates.
+    Weights are not loaded. The serve environment is asked for its kernels, which takes about a
+    minute. Sizes are in bytes, and estimates.
 
     :return: JSON-able: ``modules`` per scheme, ``unquantized`` with reasons, ``dropped``,
-        ``hessians``, ``calibration``, ``flops``, ``seconds``, ``memory``, ``checkpoint_bytes``,
-        ``state_bytes``, ``kernels``
+        ``hessians``, ``calibration``, ``memory``, ``checkpoint_bytes``, ``state_bytes``,
+        ``kernels``
     :raises UserError: for what ``quantize`` refuses before it loads the model
     """
-    tell("planning: a few seconds of trials, then the serve environment's kernels (a minute)")
+    tell("planning: asking the serve environment for its kernels takes a minute")
     with quiet():
         run = prepare(output, **options)
         check_disk(resolve_output(output), run.shapes)
         solves = find_solves(run)
-        flops = count_flops(run, solves)
-        speeds = probe(run.config, widest_input(run, solves), run.device)
     return {
         "modules": quantized_modules(run),
         "unquantized": unquantized_modules(run),
@@ -78,8 +66,6 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
             "largest_layer_bytes": max(layer_hessians(solves).values(), default=0),
         },
         "calibration": run.calibration.record(),
-        "flops": flops,
-        "seconds": estimate_seconds(flops, speeds),
         "memory": estimate_memory(run, solves),
         "checkpoint_bytes": checkpoint_bytes(run),
         "state_bytes": state_bytes(run),
@@ -147,42 +133,6 @@ def widest_input(run: Run, solves: list[Solve]) -> int:
     """Of what is quantized with a Hessian, or the hidden states' where nothing is."""
     hidden: int = run.config.get_text_config().hidden_size
     return max((solve.width for solve in solves), default=hidden)
-
-
-def count_flops(run: Run, solves: list[Solve]) -> dict[str, float]:
-    """FLOPs of each part of the run."""
-    linear, quadratic = forward_flops(run.shapes)
-    lengths = run.calibration.lengths
-    once = sum(linear * length + quadratic * length**2 for length in lengths)
-    layers = len(decoder_layers(run.shapes))
-    tokens = sum(lengths)
-    # the last layer's output goes nowhere
-    passes = forward_passes(run.recipe.modifiers) - 1 / layers
-    return {
-        "forward": once * passes,
-        "hessian": sum(hessian_flops(tokens, solve.width) for solve in solves),
-        "factorize": sum(factorize_flops(solve.width) for solve in solves),
-        "scales": search_flops(searched_weights(run)),
-        "sweep": sum(sweep_flops(solve.rows, solve.width) for solve in solves),
-    }
-
-
-def searched_weights(run: Run) -> int:
-    """How many weights a scale is searched for."""
-    if not getattr(run.modifier, "hessian_scales", False):
-        return 0
-    with_hessian = targeted(run)
-    return sum(
-        run.shapes.get_submodule(name).weight.numel()
-        for name, scheme in linear_schemes(run.modifiers, run.shapes).items()
-        if name in with_hessian and are_searched(scheme.weights)
-    )
-
-
-def estimate_seconds(flops: dict[str, float], speeds: Speeds) -> dict[str, float]:
-    """FLOPs over the speeds that were tried."""
-    parts = {part: count / getattr(speeds, part) for part, count in flops.items()}
-    return {**parts, "total": sum(parts.values())}
 
 
 def layer_hessians(solves: list[Solve]) -> dict[int, int]:

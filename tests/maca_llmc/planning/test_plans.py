@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from checkpoints import DATA, quantize
 
 import maca_llmc
 from maca_llmc.calibrate import pipeline
 from maca_llmc.common.errors import UserError
-from maca_llmc.planning import ask_doctor, plan_table, plans, probe
-from maca_llmc.run.prepare import prepare
+from maca_llmc.planning import ask_doctor, plan_table
 
 ROOT = Path(__file__).parents[3]
 RECIPE = "a_stage: {b_modifiers: {MaCaModifier: {%s, ignore: [lm_head]}}}"
@@ -100,14 +98,6 @@ def test_experts_share_hessians(tiny_models):
     assert found["modules"] == 2 * (4 + 3 * 4) and found["distinct"] == 2 * (1 + 1 + 1 + 4)
 
 
-def test_work_grows_with_the_tokens_and_the_solve_does_not(tiny_models):
-    source = tiny_models("llama")
-    few, many = (planned(source, None, tokens=tokens)["flops"] for tokens in (96, 384))
-    assert many["hessian"] == pytest.approx(4 * few["hessian"], rel=0.05)
-    assert many["forward"] > 3.5 * few["forward"]
-    assert many["sweep"] == few["sweep"] and many["factorize"] == few["factorize"]
-
-
 def test_hidden_states_beyond_the_limit_go_to_disk(tiny_models):
     source = tiny_models("llama")
     memory = planned(source, None, cache_gb=0)["memory"]
@@ -132,24 +122,6 @@ def test_the_memory_of_the_embedded_model_is_near_what_a_run_took():
         "distinct": 120,
         "largest_layer_bytes": 4 * (3 * 576**2 + 1536**2),
     }
-
-
-def test_speeds_are_those_of_what_is_tried(tiny_models):
-    run = prepare("nowhere", model=str(tiny_models("llama")), **DATA)
-    speeds = probe.probe(run.config, 96, torch.device("cpu"))
-    for part in ("forward", "hessian", "factorize", "scales", "sweep"):
-        assert 1e6 < getattr(speeds, part) < 1e15
-    seconds = plans.estimate_seconds({"forward": 3 * speeds.forward, "sweep": 0.0}, speeds)
-    assert seconds == {"forward": pytest.approx(3), "sweep": 0.0, "total": pytest.approx(3)}
-
-
-def test_scales_are_searched_for_where_they_will_be(tiny_models, recipe, monkeypatch):
-    source = tiny_models("llama")
-    asked = planned(source, recipe(GROUP % (4, "true")))["flops"]["scales"]
-    weights = sum(entry["parameters"] for entry in planned(source, None)["modules"])
-    assert asked == probe.search_flops(weights) > 0
-    for fields in ("hessian_scales: false, " + GROUP % (4, "true"), "scheme: FP8"):
-        assert planned(source, recipe(fields))["flops"]["scales"] == 0
 
 
 def test_a_plan_that_cannot_work_is_refused(tiny_models, recipe):
@@ -200,9 +172,7 @@ def test_passes_and_what_is_kept_for_gptaq_are_those_of_the_run(
     tiny_models, tmp_path, recipe, monkeypatch, family, shape
 ):
     source = tiny_models(family, **shape)
-    plain = planned(source, recipe(GROUP % (4, "true")), cache_gb=0)
     found = planned(source, recipe(GPTAQ), cache_gb=0)
-    assert found["flops"]["forward"] == pytest.approx(plain["flops"]["forward"] * 5.5 / 1.5)
     ran = []
     original = pipeline.Batches.outputs
 
@@ -212,6 +182,6 @@ def test_passes_and_what_is_kept_for_gptaq_are_those_of_the_run(
 
     monkeypatch.setattr(pipeline.Batches, "outputs", outputs)
     output = quantize(source, tmp_path / "out", recipe(GPTAQ), cache_gb=0)
-    assert (ran.count(0), ran.count(1)) == (6, 5)
+    assert (ran.count(0), ran.count(1)) == (6, 5), "the last layer's outputs go nowhere"
     kept = json.loads((output / "maca_run.json").read_text())["spilled_bytes"]
     assert found["memory"]["spilled"] == kept
