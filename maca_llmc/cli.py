@@ -14,6 +14,7 @@ from rich.table import Table
 
 import maca_llmc
 from maca_llmc.common import defaults
+from maca_llmc.common.command import version_option
 from maca_llmc.common.errors import UserError
 from maca_llmc.common.files import unwritable_parent, write_json
 from maca_llmc.signatures import same_parameters_as
@@ -85,27 +86,14 @@ def _numbers(text: str | None, option: str) -> list[int] | None:
         raise UserError(f"{option} {text!r}: give whole numbers such as 128,512,2048") from None
 
 
-def _print_versions(wanted: bool) -> None:
-    if wanted:
-        from maca_llmc.common import record
+def _versions() -> dict[str, str]:
+    from maca_llmc.common import record  # brings torch
 
-        for package, number in record.versions().items():
-            print(package, number)  # noqa: T201
-        raise typer.Exit
+    return record.versions()
 
 
 @app.callback()
-def command(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            callback=_print_versions,
-            is_eager=True,
-            help="Versions of this and of what decides its results.",
-        ),
-    ] = False,
-) -> None:
+def command(version: Annotated[bool, version_option(_versions)] = False) -> None:
     """Quantize a model with length-aware calibration, and see how far it is from its base."""
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from maca_llmc.common.command import version_option
 from maca_serve.common.console import err, out
 from maca_serve.common.errors import EngineError, IncompleteError, UserError
 from maca_serve.common.options import (
@@ -61,27 +62,14 @@ UsageError: Any = typer.BadParameter.__base__  # of typer's own copy of click
 HERE = "here"
 
 
-def _print_versions(wanted: bool) -> None:
-    if wanted:
-        from maca_serve.common.machine import versions
+def _versions() -> dict[str, str | None]:
+    from maca_serve.common.machine import versions
 
-        for name, number in versions().items():
-            _say(f"{name} {number or '(not installed)'}")
-        raise typer.Exit
+    return versions()
 
 
 @app.callback()
-def command(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            callback=_print_versions,
-            is_eager=True,
-            help="Versions of this and of what takes part in its measurements.",
-        ),
-    ] = False,
-) -> None:
+def command(version: Annotated[bool, version_option(_versions)] = False) -> None:
     """Serve compressed-tensors checkpoints with vLLM, and measure what came out."""
 
 

@@ -3,6 +3,10 @@
 Both ask for an answer whose tokens are known, so one request tells everything: the answer's
 log-probability, and whether greedy decoding would have given it. It would, exactly if every token
 of the answer is the likeliest after those before it.
+
+lm-eval's `ruler` is no substitute here: its metrics begin at 4,096 tokens, so nothing is measured
+of a model with a shorter context; its essays come from the hub; it generates its answers, at 128
+tokens each; and it has nothing like `copy`.
 """
 
 import math

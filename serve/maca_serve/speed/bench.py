@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
 
 from maca_serve.common.errors import RequestError
@@ -46,12 +45,7 @@ class Benchmark:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop the process and remove its files."""
         assert self._process is not None
         stop_group(self._process)
