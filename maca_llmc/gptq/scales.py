@@ -36,9 +36,6 @@ FINE = (-0.025, 0.025)
 SIGNED_BITS = 4
 """Widest codes for which the sign is searched: with more, one code more is worth nothing."""
 
-CANDIDATES = 1 + 2 * len(COARSE) + len(FINE)
-"""Scales tried for a group, where both signs are."""
-
 RANGE_OBSERVERS = (None, "minmax", "memoryless_minmax")
 """What llm-compressor fills in where a recipe names no observer."""
 

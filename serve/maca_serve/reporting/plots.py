@@ -212,19 +212,6 @@ def _offset(entries: list[Entry], index: int) -> float:
     return 0.8 * ((index + 0.5) / len(entries) - 0.5)
 
 
-def _bars(
-    axes: Axes,
-    entries: list[Entry],
-    index: int,
-    values: list[float],
-) -> None:
-    width = 0.8 / len(entries)
-    places = [x + _offset(entries, index) for x in range(len(values))]
-    label = entries[index]["name"]
-    axes.bar(places, values, width, color=colour(index), label=label)
-    axes.grid(axis="x", visible=False)
-
-
 def _lengths(entry: Entry) -> list[int]:
     return [int(length) for length in entry["perplexity"]]
 
