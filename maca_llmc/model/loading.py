@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.falcon.modeling_falcon import FalconLinear, FalconPreTrainedModel
 from transformers.utils import cached_file
 
-from maca_llmc.common.errors import UserError
+from maca_llmc.common.errors import UserError, first_line
 from maca_llmc.common.progress import reading_progress
 from maca_llmc.llmcompressor_api import (
     keep_expert_names,
@@ -298,7 +298,7 @@ def meta_model(config: Any) -> Any:
     except Exception as error:  # what a wrong number or name leads to is of any type
         raise UserError(
             f"cannot make a {model_class.__name__} of the config.json of {config._name_or_path} "
-            f"({type(error).__name__}: {_first_line(error)}): mend it, or take the one that came "
+            f"({type(error).__name__}: {first_line(error)}): mend it, or take the one that came "
             "with the weights"
         ) from error
 
@@ -347,14 +347,8 @@ def _readable(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        said = f"{_first_line(error)}{_hub_hint(source)}"
+        said = f"{first_line(error)}{_hub_hint(source)}"
         raise UserError(f"cannot load model {source}: {said}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """The first of what an error says, and the next where that only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
 
 
 def _hub_hint(source: str) -> str:
