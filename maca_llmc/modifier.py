@@ -26,7 +26,7 @@ from maca_llmc.gptq.scales import search_scales
 from maca_llmc.gptq.sequences import BatchLayout, module_tokens, split_sequences, valid_tokens
 from maca_llmc.gptq.shared_inputs import Group, Input, SharedInputs, changed_in_place
 from maca_llmc.gptq.solve import Factor, NotPositiveDefiniteError, factorize
-from maca_llmc.gptq.stacks import cut_batches, quantize_stacks, row_stacks
+from maca_llmc.gptq.stacks import ScaleSearch, cut_batches, quantize_stacks, row_stacks
 from maca_llmc.gptq.token_weights import Segment, sequence_segments, total_weight
 from maca_llmc.llmcompressor_api import (
     GPTQModifier,
@@ -180,6 +180,25 @@ class MaCaModifier(GPTQModifier):
         :param input_of: None for a module whose turn it is not
         """
         self._full_input = input_of
+
+    # what a subclass may do otherwise, see docs/extending.md
+
+    def token_segments(self, length: int, reference: int) -> list[Segment]:
+        """How much each token of a sequence weighs in the Hessian.
+
+        :param length: valid tokens of the sequence
+        :param reference: the length of the first sequence, to divide lengths by
+        :return: in order, covering ``[0, length)``
+        """
+        return sequence_segments(
+            length, self.length_exponent, self.nested_scales, reference, self.first_token_weight
+        )
+
+    def scale_search(self) -> ScaleSearch | None:
+        """What chooses scales under the Hessian; None leaves them to observers."""
+        if not self.hessian_scales:
+            return None
+        return partial(search_scales, signed=self.signed_scales)
 
     # lifecycle
 
@@ -352,13 +371,7 @@ class MaCaModifier(GPTQModifier):
     def _segments(self, length: int) -> list[Segment]:
         if self._reference is None:
             self._reference = length
-        return sequence_segments(
-            length,
-            self.length_exponent,
-            self.nested_scales,
-            self._reference,
-            self.first_token_weight,
-        )
+        return self.token_segments(length, self._reference)
 
     def _no_moments(self, module: torch.nn.Module) -> Moments:
         return Moments.onto(empty_hessian(module), asymmetric=self.gptaq_alpha > 0)
@@ -474,9 +487,7 @@ class MaCaModifier(GPTQModifier):
     ) -> None:
         names = [self._module_names[module] for stack in stacks for module in stack]
         logger.info(f"Quantizing {len(names)} module(s): {names}")
-        signed = self.signed_scales
-        search = partial(search_scales, signed=signed) if self.hessian_scales else None
-        quantize_stacks(stacks, factors, hessians, self.block_size, search, feeds)
+        quantize_stacks(stacks, factors, hessians, self.block_size, self.scale_search(), feeds)
         self._num_compressed_modules += len(names)
 
 
