@@ -240,7 +240,7 @@ def doctor(
     ] = None,
     gpu: Annotated[
         str,
-        typer.Option(help="Compute capabilities, as 80 or 80,90,here; `here` is this machine."),
+        typer.Option(help="Cards or compute capabilities: h100 or 80,90,here; here: this machine."),
     ] = HERE,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     shapes: Annotated[

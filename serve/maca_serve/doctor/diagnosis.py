@@ -27,6 +27,20 @@ Diagnosis = dict[str, Any]
 # Of CUDA cards from Maxwell to Blackwell; newer ones are not known to the vLLM that is pinned.
 MAJORS = range(5, 13)
 _CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)a?", re.IGNORECASE)
+# Compute capability by card, from https://developer.nvidia.com/cuda-gpus.
+CARDS = {
+    **dict.fromkeys(("v100",), 70),
+    **dict.fromkeys(("t4", "2080", "2080ti"), 75),
+    **dict.fromkeys(("a100", "a30"), 80),
+    **dict.fromkeys(("a10", "a10g", "a40", "a6000", "3080", "3090"), 86),
+    **dict.fromkeys(("l4", "l40", "l40s", "4080", "4090", "6000ada"), 89),
+    **dict.fromkeys(("h20", "h100", "h200", "gh200"), 90),
+    **dict.fromkeys(("b200", "gb200"), 100),
+    **dict.fromkeys(("b300", "gb300"), 103),
+    **dict.fromkeys(("5070", "5080", "5090", "pro6000"), 120),
+    **dict.fromkeys(("gb10", "dgxspark"), 121),
+}
+_BRANDS = re.compile(r"nvidia|geforce|tesla|rtx|[\s_-]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ def diagnose(folder: str | Path, *, gpu: str | None = None, tensor_parallel: int
 
     Args:
         folder: the checkpoint.
-        gpu: compute capability to ask about, `90`, `9.0` or `sm90`; this machine when None.
+        gpu: card or compute capability to ask about, `h100` or `90`; this machine when None.
         tensor_parallel: size of the tensor-parallel group.
 
     Returns:
@@ -75,7 +89,7 @@ def diagnose_cards(
 
     Args:
         subject: from `read_folder` or `read_shapes`.
-        gpus: compute capabilities as `diagnose` takes them; None is this machine.
+        gpus: cards or compute capabilities as `diagnose` takes them; None is this machine.
         tensor_parallel: as `diagnose`.
 
     Raises:
@@ -133,16 +147,18 @@ def read_shapes(file: str | Path) -> Subject:
 
 
 def parse_capability(text: str) -> int:
-    """Compute capability as an integer, 90 for `90`, `9.0`, `sm90` or `sm_90a`.
+    """Compute capability as an integer, 90 for `90`, `9.0`, `sm90`, `sm_90a` or `h100`.
 
     Raises:
         UserError: not one.
     """
+    if capability := CARDS.get(_BRANDS.sub("", text).lower()):
+        return capability
     match = _CAPABILITY.fullmatch(text.strip())
     if match is None or int(match[1]) not in MAJORS:
         raise UserError(
-            f"--gpu: {text!r} is no compute capability; give for instance 80 (A100), 89 (L40S,"
-            " RTX 4090), 90 (H100, H200), 100 (B200) or 120 (RTX 5090)"
+            f"--gpu: {text!r} is no card that is known here and no compute capability; give for"
+            " instance a100 (80), l40s (89), h100 (90), b200 (100) or 5090 (120)"
         )
     return 10 * int(match[1]) + int(match[2])
 

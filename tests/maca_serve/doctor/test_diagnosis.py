@@ -49,15 +49,24 @@ def write(tmp_path, value):
         ("120", 120),
         ("60", 60),
         ("121", 121),
+        ("h100", 90),
+        ("A100", 80),
+        ("NVIDIA L40S", 89),
+        ("RTX 4090", 89),
+        ("rtx-pro-6000", 120),
+        ("GeForce RTX 5090", 120),
+        ("b200", 100),
     ],
 )
 def test_capabilities(text, number):
     assert diagnosis.parse_capability(text) == number
 
 
-@pytest.mark.parametrize("text", ["9", "h100", "", "9.0.1", "1200", "-80", "999", "130", "4.0"])
+@pytest.mark.parametrize(
+    "text", ["9", "h1000", "", "rtx", "9.0.1", "1200", "-80", "999", "130", "4.0"]
+)
 def test_capabilities_that_are_none(text):
-    with pytest.raises(UserError, match=r"--gpu: .* is no compute capability; give"):
+    with pytest.raises(UserError, match=r"--gpu: .* is no card .* no compute capability; give"):
         diagnosis.parse_capability(text)
 
 
