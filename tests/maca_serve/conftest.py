@@ -132,7 +132,14 @@ def fake_vllm(monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_VLLM_REACHED", str(tmp_path / "reached"))
 
     # It has no loader that could be asked about tensors: test_doctor_loading.py asks the real one.
-    fine = {"unasked": None, "refused": [], "missing": [], "cut": [], "attention": None}
+    fine = {
+        "unasked": None,
+        "refused": [],
+        "missing": [],
+        "unread": [],
+        "cut": [],
+        "attention": None,
+    }
     monkeypatch.setattr(
         loadable, "ask", lambda question: {"loaded": [fine] * len(question["load"])}
     )

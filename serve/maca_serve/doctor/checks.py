@@ -95,7 +95,11 @@ def check(tensors: dict[str, Tensor], quantization: dict[str, Any]) -> Contents:
     contents.problems += [
         Problem("error", what, cure, modules) for (what, cure), modules in complaints.items()
     ]
-    if unknown:
+    if unknown and not quantization:
+        what = "stored quantized, and config.json has no quantization_config"
+        cure = "take the config.json that came with these files"
+        contents.problems.append(Problem("error", what, cure, unknown))
+    elif unknown:
         contents.problems.append(_not_checked(quantization, unknown))
     return contents
 
@@ -200,6 +204,9 @@ def check_values(contents: Contents, tensors: dict[str, Tensor]) -> None:
     if values.broken:
         what = Problem("error", "holds NaN or infinity", "quantize again", values.broken)
         contents.problems.append(what)
+    if values.impossible:
+        what = "is not above zero, and activations are divided by it"
+        contents.problems.append(Problem("error", what, "quantize again", values.impossible))
     modules = {name.rpartition(".")[0] for name in values.negative}
     contents.signed = modules & contents.quantized
 

@@ -15,6 +15,8 @@ _AGAIN = "download or quantize it again"
 # vLLM lists the names that it has: one line for each of them is enough.
 _UNKNOWN = re.compile(r"There is no module or parameter named '(?P<name>[^']+)'")
 _NUMBER = re.compile(r"\b\d+\b")
+# What a model computes with; not a head that is the embedding, nor draft layers (speculation).
+_COMPUTED_WITH = re.compile(r"(?!lm_head\.|(.*\.)?mtp).*\.(weight|bias|weight_packed|qweight)")
 
 
 def describe_tensors(tensors: dict[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
@@ -37,7 +39,13 @@ def loading_problems(
         modules = [name.rpartition(".")[0] for name in refused["tensors"]]
         if all(module in explained for module in modules):
             continue
-        if _UNKNOWN.search(refused["reason"]) and all(m in quantized for m in modules):
+        unknown = _UNKNOWN.search(refused["reason"])
+        suffix = refused["tensors"][0].rpartition(".")[2]
+        if unknown and not unknown["name"].endswith(f".{suffix}"):
+            what = f"the model of config.json has no {_NUMBER.sub('*', unknown['name'])}"
+            cure = f"take the config.json that came with these files, or {_AGAIN}"
+            yield Problem("error", what, cure, refused["tensors"])
+        elif unknown and all(m in quantized for m in modules):
             plain = {f"{module}.weight" for module in modules}
             missing = [name for name in missing if name not in plain]
             what = "vLLM builds it without quantization, and refuses its quantized tensors"
@@ -48,6 +56,9 @@ def loading_problems(
             yield Problem("error", what, _AGAIN, refused["tensors"])
     if missing:
         yield Problem("error", "the model needs it, and the files lack it", _AGAIN, missing)
+    if unread := [name for name in found["unread"] if _COMPUTED_WITH.fullmatch(name)]:
+        what = "vLLM's model of config.json leaves it out and computes without it"
+        yield Problem("warning", what, "take the config.json that came with these files", unread)
     for cut in found["cut"]:
         what = f"is {cut['shape']}, of which the model of config.json would read {cut['read']} only"
         cure = "the sizes in config.json are not those of the tensors: " + _AGAIN
@@ -74,6 +85,8 @@ def require_loadable(checkpoints: Sequence[Checkpoint]) -> None:
             what = f"{checkpoint.path}: not tried on vLLM's loader: {found['unasked']}"
             err.print(f"warning: {what}", markup=False, soft_wrap=True)
         for problem in loading_problems(found):
+            if problem.severity != "error":
+                continue
             first, more = problem.modules[0], len(problem.modules) - 1
             others = f" and {more} more" if more else ""
             raise UserError(

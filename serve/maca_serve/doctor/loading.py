@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from maca_serve.common.errors import one_line
 from maca_serve.doctor.building import on_ranks
@@ -68,7 +69,8 @@ def try_loading(config: dict[str, Any], tensors: Described, *, whole: bool = Tru
     Returns:
         `unasked`, why vLLM's model cannot be built here, else null; `refused`,
         [{"reason", "tensors"}] that the loader would not take; `missing`, names of tensors that the
-        model needs; `cut`, [{"tensor", "shape", "read"}] of which it would read so many numbers;
+        model needs; `unread`, names of tensors that it leaves out; `cut`, [{"tensor", "shape",
+        "read"}] of which it would read so many numbers;
         `attention`, why vLLM's attention would not run it on this machine, else null.
     """
     found = _try(config, tensors, whole, nullcontext)
@@ -80,7 +82,8 @@ def try_loading(config: dict[str, Any], tensors: Described, *, whole: bool = Tru
 
 
 def _try(config: dict[str, Any], tensors: Described, whole: bool, kernels: Any) -> Answer:
-    found: Answer = {"unasked": None, "refused": [], "missing": [], "cut": [], "attention": None}
+    found: Answer = {"unasked": None, "attention": None}
+    found |= {"refused": [], "missing": [], "unread": [], "cut": []}
     try:
         with kernels(), _model(config, found) as model:
             _load(model, tensors, found, whole)
@@ -101,13 +104,14 @@ def _model(config: dict[str, Any], found: Answer) -> Iterator[Any]:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        # Some models read the folder again while they are built (Llama 4).
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         write_config(config, Path(folder))
         model_config = ModelConfig(
             model=folder, tokenizer=folder, skip_tokenizer_init=True, enforce_eager=True
         )
         engine = VllmConfig(model_config=model_config)
-    with ExitStack() as stack:
         stack.enter_context(_any_attention(found))
         stack.enter_context(on_ranks(engine, 1, model_config.dtype))
         yield initialize_model(engine, model_config=model_config)
@@ -146,14 +150,18 @@ def _load(model: Any, tensors: Described, found: Answer, whole: bool) -> None:
                 raise
             look = _NUMBER.sub("*", given.last)
             alike = [name for name in left if _NUMBER.sub("*", name) == look]
+            alike.sort(key=lambda name: name != given.last)  # the culprit first
             found["refused"].append({"reason": one_line(error), "tensors": alike})
             for name in alike:
                 del left[name]
+    else:  # so much is refused that nobody knows what would be read of the rest
+        return
     if not whole:
         return
     refused = {name for each in found["refused"] for name in each["tensors"]}
-    missing = _missing(model, set(tensors), writes)
+    missing = _missing(model, set(tensors), refused, writes)
     found["missing"] = sorted(missing - refused)
+    found["unread"] = sorted(set(given.unread(writes)) - refused)
     found["cut"] = [
         {"tensor": name, "shape": list(tensor.shape), "read": read}
         for name, tensor, read in given.parts_read(writes)
@@ -173,6 +181,12 @@ class _Given:
             self.made[name] = _make(dtype, shape)
             yield name, self.made[name]
 
+    def unread(self, writes: "_Writes") -> Iterator[str]:
+        """Names of tensors that nothing was done with."""
+        for name, tensor in self.made.items():
+            if tensor.untyped_storage()._cdata not in writes.used:
+                yield name
+
     def parts_read(self, writes: "_Writes") -> Iterator[tuple[str, torch.Tensor, int]]:
         """Tensors that were read once, and not all of them."""
         for name, tensor in self.made.items():
@@ -190,25 +204,36 @@ def _make(dtype: str, shape: list[int]) -> torch.Tensor:
 
 
 class _Writes(TorchDispatchMode):
-    """Counts the elements that are written to, and read from, each storage."""
+    """Counts the elements that are written to, and read from, each storage.
+
+    Attributes:
+        used: storages that any operation was given.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.used: set[int] = set()
         self.written: dict[int, int] = defaultdict(int)
         self.read: dict[int, int] = defaultdict(int)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        tensors = (x for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+        self.used.update(tensor.untyped_storage()._cdata for tensor in tensors)
         if function._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
             self.written[args[0].untyped_storage()._cdata] += args[0].numel()
             if function is torch.ops.aten.copy_.default:
                 self.read[args[1].untyped_storage()._cdata] += args[1].numel()
+                if args[1].is_meta and not args[0].is_meta:
+                    # A model may name the device of a parameter; there are no values to copy.
+                    args[1].expand_as(args[0])
+                    return args[0]
         return function(*args, **(kwargs or {}))
 
 
-def _missing(model: Any, present: set[str], writes: _Writes) -> set[str]:
-    """Names of tensors without which a parameter is not all written."""
+def _missing(model: Any, present: set[str], refused: set[str], writes: _Writes) -> set[str]:
+    """Names of tensors without which a parameter is not all written, those refused among them."""
     exempt = _exempt(model)
     unwritten = {}
     for name, parameter in model.named_parameters():
@@ -217,7 +242,7 @@ def _missing(model: Any, present: set[str], writes: _Writes) -> set[str]:
             unwritten[name] = written
     if not unwritten:
         return set()
-    names = Names(model, present)
+    names = Names(model, present, refused)
     missing: set[str] = set()
     for name, written in unwritten.items():
         lacking = names.lacking(name)
@@ -244,17 +269,19 @@ def _exempt(model: Any) -> set[str]:
 class Names:
     """The checkpoint's names of what a parameter of vLLM's is made of."""
 
-    def __init__(self, model: Any, present: set[str]) -> None:
+    def __init__(self, model: Any, present: set[str], refused: set[str]) -> None:
         """Guess the names that a whole checkpoint would have besides.
 
         Args:
             model: vLLM's, with parameters.
             present: names of the checkpoint's tensors.
+            refused: those that the loader would not take.
         """
         self.rename = renamer(type(model))
         self.parts = getattr(model, "packed_modules_mapping", None) or {}
-        self.present = {self.rename(name) for name in present}
-        self.absent = {self.rename(name): name for name in _completed(present) - present}
+        absent = (_completed(present) - present) | refused
+        self.present = {self.rename(name) for name in present - refused}
+        self.absent = {self.rename(name): name for name in absent}
 
     def lacking(self, parameter: str) -> set[str]:
         """Tensors that it would be made of and that are not there.

@@ -10,6 +10,9 @@ from safetensors import safe_open
 from maca_serve.doctor.headers import Tensor
 from maca_serve.doctor.layouts import FLOATS
 
+# Scales by which activations, keys and values are divided.
+_OF_ACTIVATIONS = ("input_scale", "input_global_scale", "q_scale", "k_scale", "v_scale", "kv_scale")
+
 
 def find_scales(tensors: dict[str, Tensor]) -> list[Tensor]:
     """Tensors of a folder that hold scales, in whichever format's name for them, or norms."""
@@ -28,10 +31,12 @@ class Values:
     Attributes:
         broken: names of those with NaN or infinity: one such value spoils all that follows it.
         negative: names of those with a value below zero, which not every kernel takes.
+        impossible: names of those of activations or a cache with a value that is not above zero.
     """
 
     broken: list[str] = field(default_factory=list)
     negative: list[str] = field(default_factory=list)
+    impossible: list[str] = field(default_factory=list)
 
 
 def read_values(scales: Iterable[Tensor]) -> Values:
@@ -53,4 +58,6 @@ def read_values(scales: Iterable[Tensor]) -> Values:
                     values.broken.append(name)
                 if (tensor < 0).any():
                     values.negative.append(name)
+                if name.endswith(_OF_ACTIVATIONS) and (tensor <= 0).any():
+                    values.impossible.append(name)
     return values

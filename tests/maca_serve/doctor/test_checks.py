@@ -105,6 +105,12 @@ def test_quantized_though_ignored():
     assert problem.severity == "error"
 
 
+def test_codes_without_a_quantization_config():
+    (problem,) = check(headers(**GOOD), {}).problems
+    assert problem.severity == "error" and problem.modules == ["up"]
+    assert problem.what == "stored quantized, and config.json has no quantization_config"
+
+
 def test_unknown_formats_are_said_to_be_unchecked():
     tensors = {"up__weight": ("F8_E4M3", 8, 8), "up__weight_scale_inv": ("F32", 1, 1)}
     contents = check(headers(**tensors), {"quant_method": "fp8"})

@@ -2,6 +2,7 @@ import json
 import sys
 
 import pytest
+import torch
 from maca_serve.common.errors import EngineError, UserError
 from maca_serve.doctor import asking, diagnosis
 from packed import write_int8
@@ -152,11 +153,14 @@ def test_values_of_scales_are_read(tmp_path):
     tensors[scale][3] = float("inf")
     tensors[other][3] *= -1
     tensors["model.norm.weight"][0] = float("nan")
+    of_keys = "model.layers.0.self_attn.k_scale"
+    tensors[of_keys] = -torch.ones(1)
     save_file(tensors, file, metadata={"format": "pt"})
     contents = diagnosis.read_folder(tmp_path / "w8").contents
-    (problem,) = contents.problems
+    problem, of_cache = contents.problems
     assert problem.what == "holds NaN or infinity"
     assert sorted(problem.modules) == [scale, "model.norm.weight"]
+    assert "is not above zero" in of_cache.what and of_cache.modules == [of_keys]
     assert contents.signed == {"model.layers.0.mlp.down_proj"}
 
 

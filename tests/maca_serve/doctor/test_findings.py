@@ -343,7 +343,7 @@ def test_fused_parts_of_unlike_schemes():
     assert not any("unlike" in p["what"] for p in diagnose(fused)["problems"])
 
 
-FOUND = {"unasked": None, "refused": [], "missing": [], "cut": [], "attention": None}
+FOUND = {"unasked": None, "refused": [], "missing": [], "unread": [], "cut": [], "attention": None}
 
 
 def test_what_the_loader_lacks_is_an_error():

@@ -27,6 +27,7 @@ SHAPE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
 }
+BIAS = "model.layers.0.self_attn.q_proj.bias"
 QWEN2 = {
     **SHAPE,
     "model_type": "qwen2_moe",
@@ -41,6 +42,27 @@ LFM2 = {
     "architectures": ["Lfm2MoeForCausalLM"],
     "num_dense_layers": 0,
     "layer_types": ["full_attention", "full_attention"],
+}
+QWEN3_NEXT = {
+    **SHAPE,
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "shared_expert_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+LLAMA4 = {
+    **SHAPE,
+    "model_type": "llama4_text",
+    "architectures": ["Llama4ForCausalLM"],
+    "intermediate_size_mlp": 256,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 1,
 }
 CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
@@ -98,6 +120,8 @@ def loaded(tmp_path_factory):
         "no embeddings": without(whole, "embed_tokens"),
         "scale by tensor": with_tensor(whole, v_scale, "BF16", [1]),
         "other rows": with_tensor(whole, f"{L}mlp.down_proj.weight", "I8", [96, 104]),
+        "fewer layers": whole | {"config": whole["config"] | {"num_hidden_layers": 1}},
+        "a bias": whole | {"tensors": whole["tensors"] | {BIAS: ("BF16", [128])}},
         "rows too many": with_tensor(whole, f"{L}mlp.gate_proj.weight_scale", "BF16", [208, 1]),
         "no scales of a cache": cached,
         "gates": of_experts(QWEN2, gates),
@@ -105,6 +129,14 @@ def loaded(tmp_path_factory):
         "no expert": without(experts, f"{L}mlp.experts.2.up_proj."),
         "names": lfm2,
         "other names": of_experts(LFM2, {}, block="feed_forward"),
+        "made on a device": {
+            "config": QWEN3_NEXT,
+            "tensors": {
+                "model.layers.0.linear_attn.A_log": ("F32", [4]),
+                "model.layers.0.linear_attn.dt_bias": ("BF16", [4]),
+            },
+        },
+        "read twice": {"config": LLAMA4, "tensors": {"model.norm.weight": ("BF16", [128])}},
         "unknown": {"config": {**QWEN2, "architectures": ["NoSuchModel"]}, "tensors": {}},
     }
     done = subprocess.run(
@@ -120,7 +152,8 @@ def loaded(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["whole", "packed"])
 def test_what_is_whole_loads(loaded, name):
-    fine = {"unasked": None, "refused": [], "missing": [], "cut": [], "attention": None}
+    fine = {"unasked": None, "attention": None}
+    fine |= {"refused": [], "missing": [], "unread": [], "cut": []}
     assert loaded[name] == fine
 
 
@@ -138,15 +171,31 @@ def test_missing_tensors_are_named_as_the_checkpoint_would(loaded):
 
 def test_shapes_that_the_loader_refuses(loaded):
     (refused,) = loaded["scale by tensor"]["refused"]
-    scales = [f"model.layers.{i}.self_attn.v_proj.weight_scale" for i in range(2)]
+    scales = [f"model.layers.{i}.self_attn.v_proj.weight_scale" for i in (1, 0)]
     assert refused["tensors"] == scales and "exceeds dimension" in refused["reason"]
+    assert loaded["scale by tensor"]["missing"] == []
     (refused,) = loaded["other rows"]["refused"]
-    assert refused["tensors"][0] == "model.layers.0.mlp.down_proj.weight"
+    assert refused["tensors"][0] == f"{L}mlp.down_proj.weight"
 
 
 def test_rows_that_the_loader_would_leave_out(loaded):
     (cut,) = loaded["rows too many"]["cut"]
     assert cut == {"tensor": f"{L}mlp.gate_proj.weight_scale", "shape": [208, 1], "read": 104}
+
+
+def test_layers_that_the_configuration_does_not_have(loaded):
+    problems = list(loadable.loading_problems(loaded["fewer layers"]))
+    assert {problem.what for problem in problems} == {"the model of config.json has no layers.*"}
+    assert all(problem.modules[0].startswith(L) for problem in problems)
+    assert "take the config.json that came" in problems[0].cure
+
+
+def test_tensors_that_the_loader_leaves_out(loaded):
+    """A bias where the config.json says that there is none."""
+    assert loaded["a bias"]["unread"] == [BIAS]
+    left_out = {"unread": [BIAS, "lm_head.weight", "mtp.fc.weight", "a.inv_freq", "a.k_scale"]}
+    (problem,) = loadable.loading_problems(loaded["whole"] | left_out)
+    assert problem.severity == "warning" and problem.modules == [BIAS]
 
 
 def test_names_of_experts(loaded):
@@ -168,6 +217,17 @@ def test_a_gate_that_vllm_does_not_quantize(loaded):
     assert set(first.modules) == gates
     needed = [name for problem in problems for name in problem.modules if "lack it" in problem.what]
     assert not [name for name in needed if "shared_expert_gate" in name]
+
+
+def test_parameters_that_a_model_makes_on_a_device_of_its_own(loaded):
+    found = loaded["made on a device"]
+    assert found["unasked"] is None and not found["refused"]
+    assert not [name for name in found["missing"] if "A_log" in name or "dt_bias" in name]
+
+
+def test_a_folder_that_a_model_reads_while_it_is_built_is_there(loaded):
+    found = loaded["read twice"]
+    assert found["unasked"] is None and "model.norm.weight" not in found["missing"]
 
 
 def test_a_model_that_cannot_be_built_is_not_passed(loaded):
