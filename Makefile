@@ -55,12 +55,12 @@ peers: .venv-peers/.installed
 # The main job on the embedded model: GPTQ at one length against MaCa at several, as many tokens.
 demo: setup
 	$(QUANTIZE)/maca-llmc quantize --output $(DEMO)/gptq --overwrite \
-	    --recipe recipes/w4a16-g64.gptq.yaml --scales 2048 --tokens 16384
+	    --recipe recipes/w4a16-g64.gptq.yaml --lengths 2048 --tokens 16384
 	$(QUANTIZE)/maca-llmc quantize --output $(DEMO)/maca --overwrite \
-	    --recipe recipes/w4a16-g64.maca.yaml --scales 128,256,512,2048 --tokens 16384 \
+	    --recipe recipes/w4a16-g64.maca.yaml --lengths 128,256,512,2048 --tokens 16384 \
 	    --record-diagonals
 	$(QUANTIZE)/maca-llmc quantize --output $(DEMO)/maca-w8a8 --overwrite \
-	    --recipe recipes/w8a8.maca.yaml --scales 128,256,512,2048 --tokens 16384 \
+	    --recipe recipes/w8a8.maca.yaml --lengths 128,256,512,2048 --tokens 16384 \
 	    --record-diagonals
 	$(QUANTIZE)/maca-llmc embedded-model $(DEMO)/base
 ifeq ($(SERVED),maca-w8a8)

@@ -16,7 +16,15 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["MaCaModifier", "build_calibration_set", "evaluate", "plan", "quantize", "tune"]
+__all__ = [
+    "MaCaModifier",
+    "QuantizeOptions",
+    "build_calibration_set",
+    "evaluate",
+    "plan",
+    "quantize",
+    "tune",
+]
 
 MISSING = (
     "maca-llmc needs llmcompressor==0.14.0.1, which is not installed here (it and vLLM need "
@@ -35,17 +43,19 @@ if find_spec("llmcompressor") is not None and not AS_COMMAND:
     from maca_llmc.evaluation.divergence import evaluate
     from maca_llmc.gptq import cpu_backend  # noqa: F401  # registers the compiled sweep
     from maca_llmc.modifier import MaCaModifier
+    from maca_llmc.options import QuantizeOptions
     from maca_llmc.planning.plans import plan
-    from maca_llmc.run.quantize_run import quantize
+    from maca_llmc.tuning.after_quantizing import quantize
     from maca_llmc.tuning.run import tune
 
 else:
     HOMES = {
         "MaCaModifier": "modifier",
+        "QuantizeOptions": "options",
         "build_calibration_set": "data",
         "evaluate": "evaluation.divergence",
         "plan": "planning.plans",
-        "quantize": "run.quantize_run",
+        "quantize": "tuning.after_quantizing",
         "tune": "tuning.run",
     }
 

@@ -17,7 +17,7 @@ from maca_llmc.common import defaults
 from maca_llmc.common.command import version_option
 from maca_llmc.common.errors import UserError
 from maca_llmc.common.files import unwritable_parent, write_json
-from maca_llmc.signatures import same_parameters_as
+from maca_llmc.options import Balance, Effort, QuantizeOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -97,63 +97,98 @@ def command(version: Annotated[bool, version_option(_versions)] = False) -> None
     """Quantize a model with length-aware calibration, and see how far it is from its base."""
 
 
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Folder, hub name, or the embedded model.", show_default=defaults.MODEL),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", hidden=True)]
+Recipe = Annotated[
+    Path | None,
+    typer.Option(help="YAML recipe. Default: W4A16 by MaCa, fitting group size."),
+]
+Scheme = Annotated[
+    str | None,
+    typer.Option(help="Instead of a recipe: W4A16, W3A16, W8A8, NVFP4A16 or another preset."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Text, JSONL, JSON, CSV, parquet, folder or hub data set. Default: our sample."
+    ),
+]
+Lengths = Annotated[
+    str | None,
+    typer.Option(help="Calibration lengths. Default: 128,256,512,1024,2048 within context."),
+]
+Scales = Annotated[str | None, typer.Option("--scales", hidden=True)]
+Tokens = Annotated[int, typer.Option(help="Calibration budget in tokens.")]
+Balanced = Annotated[Balance, typer.Option(help="What each length gets the same of.")]
+WholeDocuments = Annotated[
+    bool, typer.Option("--whole-documents", help="Documents at their natural length.")
+]
+TextColumn = Annotated[str | None, typer.Option(help="Default: text, messages or conversations.")]
+Split = Annotated[str, typer.Option(help="Split of a hub data set.")]
+ConfigName = Annotated[str | None, typer.Option(help="Config of a hub data set.")]
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens that go through a layer together. Default: 2048, on a GPU 16384."),
+]
+CacheGB = Annotated[
+    float | None,
+    typer.Option(
+        help="GB of hidden states in the host's memory, the rest on disk. Default: half of what"
+        " is free; those that take a quarter of a GPU's free memory at most stay there."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the data's order.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Container = Annotated[
+    int | None,
+    typer.Option(help="4: store 2- and 3-bit weights in 4-bit containers, same values."),
+]
+AllowUnfused = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unfused", help="Unlike schemes for what vLLM makes one of, which it won't load."
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in it when done.")
+]
+
+
+def _either(given: str | None, alias: str | None, name: str, older: str) -> str | None:
+    """What was given under one of two names.
+
+    :raises UserError: when both were given and differ
+    """
+    if given is not None and alias is not None and given != alias:
+        raise UserError(f"{name} is {given!r} and {older} is {alias!r}: give one")
+    return alias if given is None else given
+
+
 @app.command()
 def quantize(
     output: Annotated[Path, typer.Option(help="Folder to make for the checkpoint.")],
-    model: Annotated[
-        str, typer.Option(help="Folder, hub name, or the embedded model.")
-    ] = defaults.MODEL,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML recipe. Default: W4A16 by MaCa, fitting group size.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text, JSONL, JSON, CSV, parquet, folder or hub data set. Default: our sample."
-        ),
-    ] = None,
-    scales: Annotated[
-        str | None,
-        typer.Option(help="Calibration lengths. Default: 128,256,512,1024,2048 within context."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Calibration budget in tokens.")] = defaults.TOKENS,
-    balance: Annotated[
-        str, typer.Option(help="What each length gets the same of: tokens or counts.")
-    ] = "tokens",
-    whole_documents: Annotated[
-        bool, typer.Option("--whole-documents", help="Documents at their natural length.")
-    ] = False,
-    text_column: Annotated[
-        str | None, typer.Option(help="Default: text, messages or conversations.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    config_name: Annotated[str | None, typer.Option(help="Config of a hub data set.")] = None,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens that go through a layer together. Default: 2048, on a GPU 16384."
-        ),
-    ] = None,
-    cache_gb: Annotated[
-        float | None,
-        typer.Option(
-            help="GB of hidden states in the host's memory, the rest on disk. Default: half of what"
-            " is free; those that take a quarter of a GPU's free memory at most stay there."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the data's order.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    container: Annotated[
-        int | None,
-        typer.Option(help="4: store 2- and 3-bit weights in 4-bit containers, same values."),
-    ] = None,
-    allow_unfused: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unfused",
-            help="Unlike schemes for what vLLM makes one of, which it won't load.",
-        ),
-    ] = False,
+    model: Model = None,
+    model_option: ModelOption = None,
+    recipe: Recipe = None,
+    scheme: Scheme = None,
+    data: Data = None,
+    lengths: Lengths = None,
+    scales: Scales = None,
+    tokens: Tokens = defaults.TOKENS,
+    balance: Balanced = Balance.TOKENS,
+    whole_documents: WholeDocuments = False,
+    text_column: TextColumn = None,
+    split: Split = "train",
+    config_name: ConfigName = None,
+    batch_tokens: BatchTokens = None,
+    cache_gb: CacheGB = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    container: Container = None,
+    allow_unfused: AllowUnfused = False,
     record_diagonals: Annotated[
         bool,
         typer.Option(
@@ -161,20 +196,25 @@ def quantize(
             help="Write what each length sees of a few modules, for the report of maca-serve.",
         ),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in it when done.")
-    ] = False,
+    tune: Annotated[
+        Effort | None,
+        typer.Option(help="Then tune what was rounded: blocks, or blocks and scales end to end."),
+    ] = None,
+    tune_tokens: Annotated[
+        int | None, typer.Option(help="Budget of tuning in tokens. Default: that of calibration.")
+    ] = None,
+    overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last layer a killed run finished.")
     ] = False,
 ) -> None:
-    """Quantize MODEL by RECIPE and write a checkpoint that vLLM loads."""
-    folder = _showing_warnings(maca_llmc.quantize)(
-        output,
-        model=model,
+    """Quantize MODEL by a recipe and write a checkpoint that vLLM loads."""
+    options = QuantizeOptions(
+        model=_either(model, model_option, "MODEL", "--model") or defaults.MODEL,
         recipe=recipe,
+        scheme=scheme,
         data=data,
-        scales=_numbers(scales, "--scales"),
+        lengths=_numbers(_either(lengths, scales, "--lengths", "--scales"), "--lengths"),
         tokens=tokens,
         balance=balance,
         whole_documents=whole_documents,
@@ -188,22 +228,65 @@ def quantize(
         container=container,
         allow_unfused=allow_unfused,
         record_diagonals=record_diagonals,
+        tune=tune,
+        tune_tokens=tune_tokens,
         overwrite=overwrite,
         resume=resume,
     )
-    _print_written(folder)
+    _print_written(_showing_warnings(maca_llmc.quantize)(output, options))
 
 
 @app.command("plan")
-@same_parameters_as(quantize)
-def plan_run(**flags: Any) -> None:
-    """What quantize would do with the same flags, and what it would take; loads no weights."""
-    from maca_llmc.planning.plan_table import (
-        print_plan,  # brings torch, which takes seconds to import
-    )
+def plan_run(
+    model: Model = None,
+    model_option: ModelOption = None,
+    output: Annotated[
+        Path, typer.Option(help="Where the checkpoint is to go: its disk is looked at.")
+    ] = Path("checkpoint"),
+    recipe: Recipe = None,
+    scheme: Scheme = None,
+    data: Data = None,
+    lengths: Lengths = None,
+    scales: Scales = None,
+    tokens: Tokens = defaults.TOKENS,
+    balance: Balanced = Balance.TOKENS,
+    whole_documents: WholeDocuments = False,
+    text_column: TextColumn = None,
+    split: Split = "train",
+    config_name: ConfigName = None,
+    batch_tokens: BatchTokens = None,
+    cache_gb: CacheGB = None,
+    device: Device = "auto",
+    container: Container = None,
+    allow_unfused: AllowUnfused = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """What quantize would do to MODEL with the same flags, and what it would take.
 
-    flags["scales"] = _numbers(flags["scales"], "--scales")
-    print_plan(_showing_warnings(maca_llmc.plan)(flags.pop("output"), **flags))
+    Loads no weights.
+    """
+    from maca_llmc.planning.plan_table import print_plan  # brings torch, which takes seconds
+
+    options = QuantizeOptions(
+        model=_either(model, model_option, "MODEL", "--model") or defaults.MODEL,
+        recipe=recipe,
+        scheme=scheme,
+        data=data,
+        lengths=_numbers(_either(lengths, scales, "--lengths", "--scales"), "--lengths"),
+        tokens=tokens,
+        balance=balance,
+        whole_documents=whole_documents,
+        text_column=text_column,
+        split=split,
+        config_name=config_name,
+        batch_tokens=batch_tokens,
+        cache_gb=cache_gb,
+        device=device,
+        container=container,
+        allow_unfused=allow_unfused,
+        overwrite=overwrite,
+    )
+    print_plan(_showing_warnings(maca_llmc.plan)(output, options))
 
 
 @app.command()
@@ -219,25 +302,15 @@ def tune(
     end_to_end: Annotated[
         bool, typer.Option(help="Tune scales by KL divergence to the base.")
     ] = True,
-    data: Annotated[
-        str | None,
-        typer.Option(help="As in quantize: text, JSONL, folder or hub data set. Default: ours."),
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(help="Lengths of windows. Default: 128,256,512,1024,2048 within context."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Budget in tokens.")] = defaults.TOKENS,
-    text_column: Annotated[
-        str | None, typer.Option(help="Default: text, messages or conversations.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    config_name: Annotated[str | None, typer.Option(help="Config of a hub data set.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order of windows.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier checkpoint in it when done.")
-    ] = False,
+    data: Data = None,
+    lengths: Lengths = None,
+    tokens: Tokens = defaults.TOKENS,
+    text_column: TextColumn = None,
+    split: Split = "train",
+    config_name: ConfigName = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run was.")] = False,
 ) -> None:
     """Tune CHECKPOINT towards BASE: same format, same size, same kernels, closer answers."""

@@ -31,7 +31,7 @@ def named_faults(folder: Path) -> Iterator[None]:
     :param folder: where the block writes
     """
     smaller = (
-        "lower --batch-tokens or the longest of --scales and start anew with --overwrite "
+        "lower --batch-tokens or the longest of --lengths and start anew with --overwrite "
         "(see `maca-llmc plan`)"
     )
     try:

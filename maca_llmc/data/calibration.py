@@ -236,24 +236,24 @@ def _check_scales(
         raise UserError(f"the token budget is {tokens}: give a positive number")
     if scales is None:
         if not whole_documents:
-            raise UserError("no scales: give window lengths, or ask for whole documents")
+            raise UserError("no lengths: give window lengths, or ask for whole documents")
         return
     shown = ",".join(map(str, scales))
     if not scales or min(scales) < 1:
-        raise UserError(f"scales {shown or '(none)'}: give positive lengths such as 128,512,2048")
+        raise UserError(f"lengths {shown or '(none)'}: give positive lengths such as 128,512,2048")
     if any(after <= before for before, after in pairwise(scales)):
-        raise UserError(f"scales {shown} are not increasing: sort them and drop repeats")
+        raise UserError(f"lengths {shown} are not increasing: sort them and drop repeats")
     if max_context is not None and scales[-1] > max_context:
         raise UserError(
-            f"scale {scales[-1]} is longer than the model's context ({max_context}): lower it"
+            f"length {scales[-1]} is longer than the model's context ({max_context}): lower it"
         )
     if scales[0] <= overhead:
         raise UserError(
-            f"scale {scales[0]} leaves no room for text after {overhead} special tokens: raise it"
+            f"length {scales[0]} leaves no room for text after {overhead} special tokens: raise it"
         )
     if not whole_documents and tokens < scales[0]:
         raise UserError(
-            f"the token budget ({tokens}) is below the smallest scale ({scales[0]}): "
+            f"the token budget ({tokens}) is below the shortest length ({scales[0]}): "
             "raise the one or lower the other"
         )
 

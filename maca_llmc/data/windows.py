@@ -80,7 +80,7 @@ def crowding(cut: Cut) -> str | None:
         if 2 * few <= len(found) and 10 * few <= cut.read:
             return (
                 f"{len(found)} windows{which} come from {few} of {cut.read} documents: the others "
-                "are too short; lower --scales, take --whole-documents, or give longer documents"
+                "are too short; lower --lengths, take --whole-documents, or give longer documents"
             )
     return None
 
@@ -176,15 +176,15 @@ def _too_little_text(
         return UserError("the data hold no text: every document is empty")
     if cutter.longest + overhead < length:
         return UserError(
-            f"scale {length} is longer than any text at hand ({cutter.longest + overhead} tokens): "
-            "lower it or give longer documents"
+            f"length {length} is longer than any text at hand ({cutter.longest + overhead} tokens)"
+            ": lower it or give longer documents"
         )
     wanted = ", ".join(f"{count} of {each}" for each, count in sorted(counts.items()))
     return UserError(
         f"too little text: {done} windows of {length} tokens where {counts[length]} are needed "
         f"(wanted in all: {wanted}; the data hold {cutter.total} tokens in {cutter.read} documents,"
         f" {cutter.usable} of them as long as the shortest window): "
-        "lower the token budget, lower the scales or give more text"
+        "lower the token budget, lower the lengths or give more text"
     )
 
 

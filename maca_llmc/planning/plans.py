@@ -18,6 +18,7 @@ from maca_llmc.data.calibration import batches_of_equal_length
 from maca_llmc.gptq.hessian import ROWS_AT_ONCE
 from maca_llmc.gptq.stacks import ROWS_PER_STACK
 from maca_llmc.llmcompressor_api import GPTQModifier, decoder_layers
+from maca_llmc.options import QuantizeOptions, with_fields
 from maca_llmc.planning.ask_doctor import ask_kernels
 from maca_llmc.planning.distinct_inputs import distinct_inputs
 from maca_llmc.recipe.containers import CONTAINER_BITS
@@ -25,7 +26,6 @@ from maca_llmc.recipe.schemes import describe_scheme
 from maca_llmc.recipe.targets import linear_schemes, linear_widths
 from maca_llmc.run.output import check_disk, resolve_output
 from maca_llmc.run.prepare import Run, prepare
-from maca_llmc.signatures import same_parameters_as
 
 FLOAT32 = 4
 
@@ -39,13 +39,15 @@ class Solve:
     rows: int
 
 
-@same_parameters_as(prepare)
-def plan(output: str | Path, **options: Any) -> dict[str, Any]:
+def plan(
+    output: str | Path, options: QuantizeOptions | None = None, **fields: Any
+) -> dict[str, Any]:
     """What :func:`maca_llmc.quantize` would do with the same arguments, and what it would take.
 
     Weights are not loaded. The serve environment is asked for its kernels, which takes about a
     minute. Sizes are in bytes, and estimates.
 
+    :param options: as in :func:`maca_llmc.quantize`; so ``fields``
     :return: JSON-able: ``modules`` per scheme, ``unquantized`` with reasons, ``dropped``,
         ``hessians``, ``calibration``, ``memory``, ``checkpoint_bytes``, ``state_bytes``,
         ``kernels``
@@ -53,7 +55,7 @@ def plan(output: str | Path, **options: Any) -> dict[str, Any]:
     """
     tell("planning: asking the serve environment for its kernels takes a minute")
     with quiet():
-        run = prepare(output, **options)
+        run = prepare(output, with_fields(options, fields))
         check_disk(resolve_output(output), run.shapes)
         solves = find_solves(run)
     return {

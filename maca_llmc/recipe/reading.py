@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 import yaml
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationType,
+)
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, preset_name_to_scheme
 from pydantic import ValidationError
 
 from maca_llmc.common.errors import UserError
@@ -23,6 +27,8 @@ from maca_llmc.llmcompressor_api import (
 from maca_llmc.modifier import MaCaModifier
 from maca_llmc.recipe.schemes import check_arguments, check_order, dividing_group_sizes
 from maca_llmc.recipe.targets import default_ignore, linear_widths
+
+DEFAULT_SCHEME = "W4A16"
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -86,19 +92,28 @@ def _texts(content: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def default_recipe(model: torch.nn.Module) -> Recipe:
-    """W4A16 by MaCa, with the largest usual group size that divides the model's widths.
+def scheme_recipe(model: torch.nn.Module, scheme: str = DEFAULT_SCHEME) -> Recipe:
+    """One scheme for every Linear, by MaCa.
+
+    Groups of integers get the largest usual size that divides the model's widths; where none does,
+    each row is a group.
 
     :param model: its shapes are enough (meta device)
+    :param scheme: one of compressed-tensors' presets, in any case
+    :raises UserError: for any other, with those there are
     """
+    if scheme.upper() not in PRESET_SCHEMES or scheme.upper() == "UNQUANTIZED":
+        names = ", ".join(name for name in PRESET_SCHEMES if name != "UNQUANTIZED")
+        raise UserError(f"--scheme {scheme}: give one of {names}, or a --recipe")
     ignore = default_ignore(model)
-    sizes = dividing_group_sizes(linear_widths(model, ["Linear"], ignore).values())
-    weights: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": True}
-    if sizes:
-        weights |= {"strategy": "group", "group_size": sizes[0]}
-    else:
-        weights |= {"strategy": "channel"}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    group = preset_name_to_scheme(scheme.upper(), ["Linear"])
+    if group.weights.type == QuantizationType.INT and group.weights.group_size:
+        sizes = dividing_group_sizes(linear_widths(model, ["Linear"], ignore).values())
+        fields = group.weights.model_dump() | (
+            {"group_size": sizes[0]} if sizes else {"strategy": "channel", "group_size": None}
+        )
+        group.weights = QuantizationArgs(**fields)
+    groups = {"group_0": group}
     return Recipe.from_modifiers(MaCaModifier(config_groups=groups, ignore=ignore))
 
 

@@ -13,7 +13,7 @@ from compressed_tensors.quantization import (
 )
 from pydantic import ValidationError
 
-from maca_llmc.common.errors import CalibrationError
+from maca_llmc.common.errors import CalibrationError, UserError
 from maca_llmc.llmcompressor_api import QuantizationMixin, observer_names
 from maca_llmc.recipe.targets import FUSED, check_targets, linear_schemes
 from maca_llmc.run.written import check_roundtrip
@@ -277,3 +277,19 @@ def _group_size(scheme: QuantizationScheme) -> int | None:
     ):
         return None
     return weights.group_size
+
+
+def check_tunable(schemes: Iterable[QuantizationScheme]) -> None:
+    """Refuse ``--tune`` for weights that :func:`maca_llmc.tune` does not take.
+
+    :raises UserError: names the format
+    """
+    for scheme in schemes:
+        weights = scheme.weights
+        if weights is None:
+            continue
+        by_row = weights.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+        if weights.type != QuantizationType.INT or not by_row:
+            raise UserError(
+                f"--tune takes integers by group or channel, not {describe_scheme(scheme)}: drop it"
+            )

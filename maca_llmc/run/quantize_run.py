@@ -28,6 +28,7 @@ from maca_llmc.llmcompressor_api import (
 )
 from maca_llmc.model import base_weights, loading, smollm2
 from maca_llmc.modifier import MaCaModifier
+from maca_llmc.options import QuantizeOptions
 from maca_llmc.planning.plans import targeted
 from maca_llmc.recipe.containers import widen_containers
 from maca_llmc.recipe.reading import save_recipe
@@ -37,29 +38,16 @@ from maca_llmc.run.prepare import Run, prepare
 from maca_llmc.run.resume import LayerKeeper, run_identity
 from maca_llmc.run.state import RunState
 from maca_llmc.run.written import check_set, check_written, sample_weights
-from maca_llmc.signatures import same_parameters_as
 
 
-@same_parameters_as(prepare)
-def quantize(output: str | Path, **options: Any) -> Path:
-    """Quantize a model by a recipe and write a compressed-tensors checkpoint.
-
-    Finished layers are kept in a hidden folder beside ``output`` until the end, so that a run that
-    is killed can go on with ``resume=True``. Its tensors are then, bit for bit, those of a run that
-    was not killed.
-
-    :param output: folder to make; a run that fails or is interrupted leaves none
-    :param options: see :func:`prepare`
-    :return: ``output``
-    :raises UserError: for anything the user can mend: bad input before anything is written, a full
-        disk or exhausted memory with the finished layers kept
-    """
+def quantize(output: str | Path, options: QuantizeOptions) -> Path:
+    """Quantize a model and write a checkpoint, see :func:`maca_llmc.quantize`; tunes nothing."""
     given, output = Path(output).expanduser().absolute(), resolve_output(output)
-    run = prepare(output, **options)
+    run = prepare(output, options)
     check_disk(output, run.shapes)
     _warn_of_dropped(run.draft_layers)
     identity = run_identity(run)
-    resume, overwrite = bool(options.get("resume")), bool(options.get("overwrite"))
+    resume, overwrite = options.resume, options.overwrite
     if resume and (finished := record.finished_identity(output)) is not None:
         if finished == identity:  # killed after the checkpoint was put in place
             RunState(output, identity, resume=True).close(keep=False)

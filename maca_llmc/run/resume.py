@@ -72,7 +72,7 @@ def run_identity(run: Run) -> dict[str, Any]:
         "weights": loading.weights_identity(run.source, run.config),
         "recipe": recipe_text(run.recipe),
         "--seed": calibration["seed"],
-        "--scales": calibration["scales"],
+        "--lengths": calibration["scales"],
         "--balance": calibration["balance"],
         "data (--data, --tokens, ...)": calibration["sha256"],
         "--batch-tokens": run.batch_tokens,

@@ -17,8 +17,8 @@ from tiny import random_text
 import maca_llmc
 from maca_llmc import cli
 from maca_llmc.common import defaults, record
+from maca_llmc.options import Balance, Effort, QuantizeOptions
 from maca_llmc.planning import plan_table
-from maca_llmc.run.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -88,14 +88,17 @@ BAD = {
         {"recipe": RECIPES / "w4a16-g128.maca.yaml"},
         r"group size 128 does not divide .*q_proj \(64\): 32, 16 would",
     ),
-    "scales of nothing": ({"scales": "0,8"}, "scales 0,8: give positive lengths such as"),
-    "scales that fall": ({"scales": "16,8"}, "scales 16,8 are not increasing: sort them"),
-    "scales as words": ({"scales": "8,long"}, "--scales '8,long': give whole numbers such as"),
-    "scales over the context": ({"scales": "8,513"}, r"scale 513 .*context \(512\): lower it"),
-    "scales over the text": ({"scales": "8,81"}, r"scale 81 .*any text at hand \(80 tokens\): lo"),
+    "scales of nothing": ({"scales": "0,8"}, "lengths 0,8: give positive lengths such as"),
+    "scales that fall": ({"scales": "16,8"}, "lengths 16,8 are not increasing: sort them"),
+    "scales as words": ({"scales": "8,long"}, "--lengths '8,long': give whole numbers such as"),
+    "scales over the context": ({"scales": "8,513"}, r"length 513 .*context \(512\): lower it"),
+    "scales over the text": ({"scales": "8,81"}, r"length 81 .*any text at hand \(80 tokens\): lo"),
     "more than the data": ({"tokens": 9000}, "too little text: .*lower the token budget"),
     "no tokens": ({"tokens": 0}, "token budget is 0: give a positive number"),
-    "unknown balance": ({"balance": "words"}, "balance is 'words': give 'tokens' or 'counts'"),
+    "unknown balance": (
+        {"balance": "words"},
+        "'words' is not one of 'tokens', 'counts'",
+    ),
     "no data there": ({"data": "@nowhere.jsonl"}, "nowhere.jsonl: no such file or folder: check"),
     "empty data": ({"data": "@empty.jsonl"}, "empty.jsonl holds no text: give other data"),
     "wrong column": ({"text_column": "body"}, "line 1 has no column 'body': it has text; name"),
@@ -148,7 +151,10 @@ def test_infinity_in_activations_names_the_module(here, monkeypatch, capsys):
     [
         (["quantize"], "error: Missing option '--output'. (see maca-llmc quantize --help)"),
         (["quantise"], "error: No such command 'quantise'."),
-        (["quantize", "--output", "x", "stray"], "error: Got unexpected extra argument(s) (stray)"),
+        (
+            ["quantize", "--output", "x", "m", "stray"],
+            "error: Got unexpected extra argument(s) (stray)",
+        ),
         (["evaluate", "m"], "error: Missing argument 'checkpoints'."),
     ],
 )
@@ -180,7 +186,7 @@ def test_an_interrupt_says_so(here, monkeypatch, capsys, number):
 
 
 def test_the_command_shows_warnings_once_each_and_nothing_below_them(here, monkeypatch, capsys):
-    def call(output, **settings):
+    def call(output, options):
         logger.info("chatter")
         for _ in range(2):
             logger.warning("a module was rounded")
@@ -202,63 +208,75 @@ def test_a_bug_of_ours_keeps_its_traceback(here, monkeypatch):
 
 
 def test_every_option_reaches_the_call(here, monkeypatch, capsys):
-    """And what is not given is the call's own default."""
-    seen = {}
+    """And what is not given is the options' own default."""
+    seen = []
 
-    def call(output, **settings):
-        seen.update(settings)
+    def call(output, options):
+        seen.append(options)
         output.mkdir()
         return output
 
-    defaults = prepare.__kwdefaults__
     monkeypatch.setattr(maca_llmc, "quantize", call)
     assert run(monkeypatch, capsys, "quantize", "--output", here / "plain")[0] == 0
-    assert seen == defaults
+    assert seen.pop() == QuantizeOptions()
     given = options(here, recipe="r.yaml", balance="counts", text_column="t", split="s")
     given += ["--config-name", "c", "--batch-tokens", "2", "--seed", "5", "--device", "cpu"]
     given += ["--container", "4", "--whole-documents", "--overwrite", "--resume"]
-    given += ["--cache-gb", "1.5", "--allow-unfused", "--record-diagonals"]
+    given += ["--cache-gb", "1.5", "--allow-unfused", "--record-diagonals", "--scheme", "w3a16"]
+    given += ["--tune", "full", "--tune-tokens", "64"]
     assert run(monkeypatch, capsys, "quantize", *given)[0] == 0
     for folder in ("plain", "out"):
         (here / folder).rmdir()
-    assert seen == {
-        "model": str(here / "model"),
-        "recipe": Path("r.yaml"),
-        "data": str(here / "data.jsonl"),
-        "scales": [8, 16, 32],
-        "tokens": 128,
-        "balance": "counts",
-        "whole_documents": True,
-        "text_column": "t",
-        "split": "s",
-        "config_name": "c",
-        "batch_tokens": 2,
-        "seed": 5,
-        "device": "cpu",
-        "container": 4,
-        "allow_unfused": True,
-        "record_diagonals": True,
-        "overwrite": True,
-        "cache_gb": 1.5,
-        "resume": True,
-    }
+    assert seen.pop() == QuantizeOptions(
+        model=str(here / "model"),
+        recipe=Path("r.yaml"),
+        scheme="w3a16",
+        data=str(here / "data.jsonl"),
+        lengths=[8, 16, 32],
+        tokens=128,
+        balance=Balance.COUNTS,
+        whole_documents=True,
+        text_column="t",
+        split="s",
+        config_name="c",
+        batch_tokens=2,
+        seed=5,
+        device="cpu",
+        container=4,
+        allow_unfused=True,
+        record_diagonals=True,
+        tune=Effort.FULL,
+        tune_tokens=64,
+        overwrite=True,
+        cache_gb=1.5,
+        resume=True,
+    )
+
+
+def test_the_model_is_an_argument_and_an_option(here, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(maca_llmc, "plan", lambda _, options: seen.append(options.model))
+    monkeypatch.setattr(plan_table, "print_plan", lambda plan: None)
+    for words in (["m"], ["--model", "m"], ["m", "--model", "m"]):
+        assert run(monkeypatch, capsys, "plan", *words)[0] == 0 and seen.pop() == "m"
+    code, _, lines = run(monkeypatch, capsys, "plan", "m", "--model", "n")
+    assert code == 2 and lines == ["error: MODEL is 'm' and --model is 'n': give one"]
 
 
 def test_plan_takes_the_flags_of_quantize(here, monkeypatch, capsys):
-    seen = {}
+    seen = []
 
-    def call(output, **settings):
-        seen.update(settings, output=output)
+    def call(output, options):
+        seen.append((output, options))
         return {"the": "plan"}
 
     monkeypatch.setattr(maca_llmc, "plan", call)
     monkeypatch.setattr(plan_table, "print_plan", lambda plan: print(plan))
-    code, out, _ = run(monkeypatch, capsys, "plan", "--output", here / "p", "--scales", "8,16")
+    code, out, _ = run(monkeypatch, capsys, "plan", "--output", here / "p", "--lengths", "8,16")
     assert code == 0 and "{'the': 'plan'}" in out
-    expected = prepare.__kwdefaults__ | {"scales": [8, 16], "output": here / "p"}
-    assert seen == expected
-    code, _, lines = run(monkeypatch, capsys, "plan", "--output", here / "p", "--scale", "8")
-    assert code == 2 and "--scale" in lines[0]
+    assert seen == [(here / "p", QuantizeOptions(lengths=[8, 16]))]
+    code, _, lines = run(monkeypatch, capsys, "plan", "--output", here / "p", "--length", "8")
+    assert code == 2 and "--length" in lines[0]
 
 
 def process(code, *words, **environment):
@@ -348,7 +366,7 @@ def test_help_and_usage_errors_do_not_wait_for_torch():
         "finally: assert 'typer' in sys.modules and 'torch' not in sys.modules"
     )
     done = process(started, "quantize", "--help")
-    assert done.returncode == 0 and "--scales" in done.stdout, done.stderr
+    assert done.returncode == 0 and "--lengths" in done.stdout, done.stderr
     done = process(started, "quantize", "--bits", "4")
     assert done.returncode == 2 and done.stderr.startswith("error: No such option: --bits")
 

@@ -88,11 +88,11 @@ class TestCutWindows:
     def test_overhead_shortens_windows_and_counts(self):
         windows = cut_windows(numbered(9, 9), {10: 2}, overhead=1).windows
         assert [len(window) for window in windows] == [9, 9]
-        with pytest.raises(UserError, match=r"scale 11 .* \(10 tokens\)"):
+        with pytest.raises(UserError, match=r"length 11 .* \(10 tokens\)"):
             cut_windows(numbered(9, 9), {11: 1}, overhead=1)
 
     def test_longer_than_any_text(self):
-        with pytest.raises(UserError, match=r"scale 32 is longer than any text at hand \(20 tok"):
+        with pytest.raises(UserError, match=r"length 32 is longer than any text at hand \(20 tok"):
             cut_windows(numbered(20, 12), {8: 1, 32: 1})
 
     def test_too_little_text_says_what_there_is(self):
@@ -119,7 +119,7 @@ class TestCrowding:
         cut = cut_windows(numbered(*[35] * 800, 4000), {64: 4, 128: 2})
         assert (cut.read, cut.usable, cut.used) == (801, 1, 1)
         assert "6 windows come from 1 of 801 documents" in crowding(cut)
-        assert "lower --scales" in crowding(cut)
+        assert "lower --lengths" in crowding(cut)
 
     def test_one_length_of_several(self):
         cut = cut_windows(numbered(*[35] * 40, 4000), {8: 60, 128: 6})

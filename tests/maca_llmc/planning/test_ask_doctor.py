@@ -6,6 +6,7 @@ import sys
 import pytest
 from checkpoints import DATA
 
+from maca_llmc.options import with_fields
 from maca_llmc.planning import ask_doctor
 from maca_llmc.run.prepare import prepare
 
@@ -28,7 +29,7 @@ ANSWER = {
 
 @pytest.fixture
 def run(tiny_models):
-    return prepare("nowhere", model=str(tiny_models("llama")), **DATA)
+    return prepare("nowhere", with_fields(None, {"model": str(tiny_models("llama")), **DATA}))
 
 
 @pytest.fixture
@@ -112,6 +113,9 @@ def test_containers_are_what_is_asked_about(tiny_models, tmp_path):
         "[Linear], weights: {num_bits: 3, strategy: group, group_size: 32}}}}}}"
     )
     source = str(tiny_models("llama"))
-    run = prepare("nowhere", model=source, recipe=recipe, container=4, **DATA)
+    run = prepare(
+        "nowhere",
+        with_fields(None, {"model": source, "recipe": recipe, "container": 4, **DATA}),
+    )
     groups = ask_doctor.checkpoint_to_be(run)["config"]["quantization_config"]["config_groups"]
     assert [group["weights"]["num_bits"] for group in groups.values()] == [4]

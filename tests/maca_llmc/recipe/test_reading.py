@@ -11,7 +11,7 @@ from tiny import WIDE
 
 from maca_llmc import MaCaModifier
 from maca_llmc.common.errors import UserError
-from maca_llmc.recipe.reading import default_recipe, quantizing_modifiers, read_recipe, save_recipe
+from maca_llmc.recipe.reading import quantizing_modifiers, read_recipe, save_recipe, scheme_recipe
 
 FILES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 FAMILIES = {"qwen3": ["qwen3", "qwen3_moe"], "gemma3": ["gemma3_text", "gemma3"]}
@@ -176,10 +176,10 @@ def test_a_recipe_saved_after_a_rotation_can_be_run_again(tiny_models, tmp_path)
         ({"hidden_size": 64, "intermediate_size": 72}, ("channel", None)),
     ],
 )
-def test_the_default_recipe_takes_the_largest_group_that_fits(tiny_model, widths, expected):
+def test_the_scheme_recipe_takes_the_largest_group_that_fits(tiny_model, widths, expected):
     head = widths["hidden_size"] // 4
     model = tiny_model("llama", num_hidden_layers=1, head_dim=head, **widths)
-    modifier = quantizing_modifiers(default_recipe(model))[0]
+    modifier = quantizing_modifiers(scheme_recipe(model))[0]
     weights = modifier.resolved_config.config_groups["group_0"].weights
     assert type(modifier) is MaCaModifier and modifier.ignore == ["lm_head"]
     assert (weights.num_bits, weights.strategy, weights.group_size) == (4, *expected)
@@ -316,3 +316,21 @@ def test_one_modifier_in_two_stages_is_refused(tmp_path):
     file.write_text(f"a_stage: {{b_modifiers: {{{MACA}}}}}\nc_stage: {{b_modifiers: {{{MACA}}}}}\n")
     with pytest.raises(UserError, match="has MaCaModifier 2 times: give one all config_groups"):
         read_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        ("w3a16", {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 32}),
+        ("W8A8", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+        ("NVFP4A16", {"num_bits": 4, "type": "float", "strategy": "tensor_group"}),
+        ("FP8_DYNAMIC", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    ],
+)
+def test_a_scheme_by_name_is_compressed_tensors_own(tiny_model, scheme, expected):
+    model = tiny_model("llama", hidden_size=96, intermediate_size=160)
+    modifier = quantizing_modifiers(scheme_recipe(model, scheme))[0]
+    (group,) = modifier.resolved_config.config_groups.values()
+    found = group.weights.model_dump()
+    assert {key: found[key] for key in expected} == expected
+    assert group.targets == ["Linear"] and isinstance(modifier, MaCaModifier)

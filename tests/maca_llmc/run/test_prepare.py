@@ -7,6 +7,7 @@ from loguru import logger
 
 from maca_llmc import plan, quantize
 from maca_llmc.common.errors import UserError
+from maca_llmc.options import with_fields
 from maca_llmc.planning import plans
 from maca_llmc.run import prepare as preparing
 from maca_llmc.run.prepare import prepare
@@ -17,8 +18,11 @@ def test_a_gpu_is_given_more_tokens_at_once(tiny_models, tmp_path, monkeypatch, 
     monkeypatch.setattr(preparing, "resolve_device", torch.device)
     monkeypatch.setattr(preparing, "compute_on", lambda device: None)
     settings = {"model": str(tiny_models("llama")), "device": kind, **DATA}
-    assert prepare(tmp_path / "out", **settings).batch_tokens == tokens
-    assert prepare(tmp_path / "out", **settings, batch_tokens=8).batch_tokens == 8
+    assert prepare(tmp_path / "out", with_fields(None, settings)).batch_tokens == tokens
+    assert (
+        prepare(tmp_path / "out", with_fields(None, settings | {"batch_tokens": 8})).batch_tokens
+        == 8
+    )
 
 
 V_PROJ_APART = "MaCaModifier: {ignore: [lm_head, 're:.*v_proj'], scheme: W8A8}"
@@ -70,7 +74,10 @@ def test_a_kv_cache_that_vllm_does_not_read_is_refused(tiny_models, tmp_path, ch
         fields = f"scheme: W8A8, ignore: [lm_head], kv_cache_scheme: {cache}"
         recipe.write_text(f"a_stage: {{b_modifiers: {{{modifier}: {{{fields}}}}}}}")
         with pytest.raises(UserError, match=f"vLLM reads a KV cache of .*, not {words}: use"):
-            prepare(tmp_path / "out", model=str(tiny_models("llama")), recipe=recipe, **DATA)
+            prepare(
+                tmp_path / "out",
+                with_fields(None, {"model": str(tiny_models("llama")), "recipe": recipe, **DATA}),
+            )
 
 
 def test_calls_leave_the_logging_of_their_program_alone(tiny_models, tmp_path, monkeypatch):
