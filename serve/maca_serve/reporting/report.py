@@ -14,7 +14,13 @@ from maca_serve.reporting.plots import (
     size_plot,
     tasks_plot,
 )
-from maca_serve.reporting.run_records import NOTABLE_RATIO, diagonal_views, losses_plot, run_rows
+from maca_serve.reporting.run_records import (
+    NOTABLE_RATIO,
+    diagonal_views,
+    losses_plot,
+    run_rows,
+    tuning_plot,
+)
 from maca_serve.reporting.speed_plots import speed_figures
 from maca_serve.reporting.speed_view import alike, speed_grids
 from maca_serve.reporting.summary import headline as first_line
@@ -83,6 +89,7 @@ def _inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "name": checkpoint.name,
         "rows": run_rows(checkpoint.run_record),
+        "tuning": _markup(tuning_plot(checkpoint)),
         "diagonals": [
             {
                 "module": view.module,

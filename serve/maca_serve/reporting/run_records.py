@@ -60,6 +60,7 @@ def run_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         "sequences by length": ", ".join(f"{count} x {size}" for size, count in lengths.items()),
         "seed": record.get("seed"),
         "wall time": ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()),
+        "tuned": _tuned(record.get("tuning") or {}),
         "peak memory": _gigabytes(record.get("peak_rss_bytes")),
         "peak device memory": _gigabytes(record.get("peak_device_bytes")),
     }
@@ -105,6 +106,34 @@ def losses_plot(checkpoints: list[Checkpoint]) -> str | None:
         )
         figure.tight_layout()
     return to_svg(figure, "losses")
+
+
+def tuning_plot(checkpoint: Checkpoint) -> str | None:
+    """What tuning did: layers' errors, and KL by length on held-out windows; None without it."""
+    tuning = checkpoint.run_record.get("tuning") or {}
+    layers, looks = tuning.get("layers") or [], tuning.get("held_out_kl") or []
+    if not layers and not looks:
+        return None
+    panels = bool(layers) + bool(looks)
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(1, panels, figsize=(3.6 * panels, 2.6), squeeze=False)
+        axes = list(grid.flat)
+        if layers:
+            ratios = [layer["after"] / layer["before"] for layer in layers]
+            axes[0].plot(range(len(ratios)), ratios, ".-", ms=4, lw=1, color=colour(1))
+            axes[0].set_xlabel("layer")
+            axes[0].set_ylabel("error after by error before")
+            axes[0].set_ylim(bottom=0)
+        if looks:
+            for index, length in enumerate(sorted(looks[0], key=int), start=1):
+                kl = [look[length] for look in looks]
+                axes[-1].plot(kl, ".-", ms=4, lw=1, color=colour(index), label=f"{length} tokens")
+            axes[-1].set_xlabel("look, the start first")
+            axes[-1].set_ylabel("KL to the base, nats a token")
+            axes[-1].set_ylim(bottom=0)
+            axes[-1].legend()
+        figure.tight_layout()
+    return to_svg(figure, f"{checkpoint.name} tuning")
 
 
 def diagonal_views(checkpoint: Checkpoint) -> list[DiagonalView]:
@@ -170,6 +199,14 @@ def _heat_map(relative: NDArray[np.float64], lengths: list[str], name: str) -> s
 def _legend(axes: Any) -> list[tuple[Any, str]]:
     handles, labels = axes.get_legend_handles_labels()
     return list(zip(handles, labels, strict=True))
+
+
+def _tuned(tuning: dict[str, Any]) -> str | None:
+    stages = [("blocks", "blocks"), ("end to end", "end_to_end")]
+    done = [words for words, key in stages if tuning.get(key)]
+    seconds = sum((tuning.get("wall_seconds") or {}).values())
+    tokens = (tuning.get("calibration") or {}).get("tokens")
+    return f"{', '.join(done)}; {tokens:,} tokens, {seconds:.0f} s" if done and tokens else None
 
 
 def _suffixed(value: Any, suffix: str) -> str | None:

@@ -8,7 +8,12 @@ import pytest
 from maca_serve.evaluation.recovery import describe_intervals, recovered, recovery
 from maca_serve.formats.checkpoint import open_checkpoint
 from maca_serve.reporting.report import render_report
-from maca_serve.reporting.run_records import diagonal_views, relative_diagonals, run_rows
+from maca_serve.reporting.run_records import (
+    diagonal_views,
+    relative_diagonals,
+    run_rows,
+    tuning_plot,
+)
 from maca_serve.reporting.speed_view import alike
 from maca_serve.reporting.summary import judge, rules
 from maca_serve.speed.breakeven import break_even
@@ -290,3 +295,29 @@ def test_one_length_has_nothing_to_compare(quantized):
     path: Path = quantized / "maca_diagonals.json"
     path.write_text(json.dumps({"modules": {"m": {"128": [1.0, 2.0]}}}))
     assert diagonal_views(open_checkpoint(quantized)) == []
+
+
+TUNING = {
+    "blocks": {"steps": 50},
+    "end_to_end": {"rate": 1e-3},
+    "layers": [{"before": 0.2, "after": 0.1, "changed": 0.3}] * 3,
+    "held_out_kl": [{"128": 0.4, "512": 0.3}, {"128": 0.2, "512": 0.1}],
+    "calibration": {"tokens": 16384},
+    "wall_seconds": {"blocks": 60.0, "end_to_end": 40.4},
+}
+
+
+def test_what_tuning_did_is_drawn_and_told(quantized):
+    path: Path = quantized / "maca_run.json"
+    path.write_text(json.dumps(RECORD | {"tuning": TUNING}))
+    checkpoint = open_checkpoint(quantized)
+    both = tuning_plot(checkpoint)
+    assert all(f">{words}<" in both for words in ("layer", "128 tokens", "512 tokens"))
+    assert dict(run_rows(checkpoint.run_record))["tuned"] == (
+        "blocks, end to end; 16,384 tokens, 100 s"
+    )
+    path.write_text(json.dumps(RECORD | {"tuning": TUNING | {"held_out_kl": []}}))
+    assert "tokens<" not in tuning_plot(open_checkpoint(quantized))
+    path.write_text(json.dumps(RECORD))
+    assert tuning_plot(open_checkpoint(quantized)) is None
+    assert "tuned" not in dict(run_rows(RECORD))
