@@ -40,15 +40,7 @@ from maca_serve.common.options import (
 )
 from maca_serve.engine.process import SAFE_PATH
 from maca_serve.evaluation.tasks import CONTINUATION
-from maca_serve.measuring.settings import (
-    CONCURRENCY,
-    INPUT_LEN,
-    LENGTHS,
-    LIMIT,
-    OUTPUT_LEN,
-    REPEATS,
-    WINDOWS,
-)
+from maca_serve.measuring.settings import AccuracySettings, SpeedSettings
 
 app = typer.Typer(
     name="maca-serve",
@@ -126,10 +118,10 @@ def up(
 def accuracy(
     folders: Folders,
     text: Text = None,
-    lengths: Lengths = join(LENGTHS),
-    windows: Windows = WINDOWS,
+    lengths: Lengths = join(AccuracySettings.lengths),
+    windows: Windows = AccuracySettings.windows,
     tasks: Tasks = [CONTINUATION],  # noqa: B006
-    limit: Limit = LIMIT,
+    limit: Limit = AccuracySettings.limit,
     tp: TensorParallel = 1,
     names: Names = None,
     output: Output = None,
@@ -154,12 +146,12 @@ def accuracy(
 @app.command()
 def throughput(
     folders: Folders,
-    concurrency: Concurrency = join(CONCURRENCY),
-    input_len: InputLen = join(INPUT_LEN),
-    output_len: OutputLen = OUTPUT_LEN,
+    concurrency: Concurrency = join(SpeedSettings.concurrency),
+    input_len: InputLen = join(SpeedSettings.input_len),
+    output_len: OutputLen = SpeedSettings.output_len,
     prompts: Prompts = None,
     rates: Rates = None,
-    repeats: Repeats = REPEATS,
+    repeats: Repeats = SpeedSettings.repeats,
     tp: TensorParallel = 1,
     names: Names = None,
     output: Output = None,
@@ -189,16 +181,16 @@ def compare(
         list[Path], typer.Argument(metavar="DIR...", help="Quantized checkpoint folders.")
     ],
     text: Text = None,
-    lengths: Lengths = join(LENGTHS),
-    windows: Windows = WINDOWS,
+    lengths: Lengths = join(AccuracySettings.lengths),
+    windows: Windows = AccuracySettings.windows,
     tasks: Tasks = [CONTINUATION],  # noqa: B006
-    limit: Limit = LIMIT,
-    concurrency: Concurrency = join(CONCURRENCY),
-    input_len: InputLen = join(INPUT_LEN),
-    output_len: OutputLen = OUTPUT_LEN,
+    limit: Limit = AccuracySettings.limit,
+    concurrency: Concurrency = join(SpeedSettings.concurrency),
+    input_len: InputLen = join(SpeedSettings.input_len),
+    output_len: OutputLen = SpeedSettings.output_len,
     prompts: Prompts = None,
     rates: Rates = None,
-    repeats: Repeats = REPEATS,
+    repeats: Repeats = SpeedSettings.repeats,
     tp: TensorParallel = 1,
     names: Names = None,
     output: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path(

@@ -1,5 +1,6 @@
 """Options that several commands take, and what their text stands for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,7 @@ Names = Annotated[
 Output = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 
 
-def join(numbers: tuple[int, ...]) -> str:
+def join(numbers: Sequence[int | str]) -> str:
     """Numbers as a default on the command line."""
     return ",".join(map(str, numbers))
 

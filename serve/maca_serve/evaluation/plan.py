@@ -1,6 +1,6 @@
 """Everything that accuracy needs, prepared and checked before any engine starts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def plan_accuracy(settings: AccuracySettings, checkpoints: list[Checkpoint]) -> 
     context = min(contexts, default=None)
     lengths = resolve_lengths(settings.lengths, context)
     settings = replace(settings, lengths=lengths)
-    corpus = read_corpus(settings.text)
+    corpus = read_corpus(Path(settings.text) if settings.text else None)
     files, named = _sort_tasks(settings.tasks)
     first = checkpoints[0]
     tokenizer = load_tokenizer(first.path)
@@ -171,7 +171,7 @@ def plan_accuracy(settings: AccuracySettings, checkpoints: list[Checkpoint]) -> 
     return plan
 
 
-def _sort_tasks(tasks: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+def _sort_tasks(tasks: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Files, and names for lm-eval."""
     files = [Path(name) for name in tasks if Path(name).is_file()]
     named = [

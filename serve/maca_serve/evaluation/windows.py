@@ -1,12 +1,14 @@
 """Input lengths that perplexity is measured at."""
 
+from collections.abc import Sequence
+
 from maca_llmc.common.errors import UserError
 from maca_llmc.evaluation.windows import check_lengths
 
 CONTEXT = "context"
 
 
-def resolve_lengths(lengths: tuple[int | str, ...], context: int | None) -> tuple[int, ...]:
+def resolve_lengths(lengths: Sequence[int | str], context: int | None) -> tuple[int, ...]:
     """Lengths with the model's context in place of the word `context`, checked.
 
     Args:

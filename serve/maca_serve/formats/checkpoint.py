@@ -146,7 +146,7 @@ def tell_apart(paths: Sequence[Path], names: Sequence[str] | None = None) -> lis
     return chosen
 
 
-def open_all(paths: list[Path], names: list[str] | None = None) -> list[Checkpoint]:
+def open_all(paths: list[Path], names: Sequence[str] | None = None) -> list[Checkpoint]:
     """Open several folders under names that tell them apart.
 
     Args:

@@ -17,18 +17,8 @@ from maca_serve.formats.checkpoint import (
     require_quantized,
     require_same_model,
 )
-from maca_serve.measuring.measure import measure, speed_settings
-from maca_serve.measuring.settings import (
-    CONCURRENCY,
-    INPUT_LEN,
-    LENGTHS,
-    LIMIT,
-    OUTPUT_LEN,
-    REPEATS,
-    WINDOWS,
-    AccuracySettings,
-    SpeedSettings,
-)
+from maca_serve.measuring.measure import measure
+from maca_serve.measuring.settings import AccuracySettings, SpeedSettings
 from maca_serve.reporting.report import render_report
 from maca_serve.reporting.summary import judge, rules
 
@@ -42,16 +32,16 @@ def compare(
     paths: Sequence[str | Path],
     *,
     text: str | Path | None = None,
-    lengths: Sequence[int | str] = LENGTHS,
-    windows: int = WINDOWS,
+    lengths: Sequence[int | str] = AccuracySettings.lengths,
+    windows: int = AccuracySettings.windows,
     tasks: Sequence[str] = (CONTINUATION,),
-    limit: int = LIMIT,
-    concurrency: Sequence[int] = CONCURRENCY,
-    input_len: Sequence[int] = INPUT_LEN,
-    output_len: int = OUTPUT_LEN,
+    limit: int = AccuracySettings.limit,
+    concurrency: Sequence[int] = SpeedSettings.concurrency,
+    input_len: Sequence[int] = SpeedSettings.input_len,
+    output_len: int = SpeedSettings.output_len,
     prompts: int | None = None,
     rates: Sequence[float] | str = (),
-    repeats: int = REPEATS,
+    repeats: int = SpeedSettings.repeats,
     tensor_parallel: int = 1,
     names: Sequence[str] | None = None,
     output: str | Path = OUTPUT,
@@ -84,12 +74,10 @@ def compare(
         IncompleteError: some could not be measured; the others are written, see `measure`.
     """
     require_vllm()
-    accuracy = AccuracySettings(
-        Path(text) if text else None, tuple(lengths), windows, tuple(tasks), limit
-    )
-    speed = speed_settings(concurrency, input_len, output_len, prompts, rates, repeats)
+    accuracy = AccuracySettings(text, lengths, windows, tasks, limit)
+    speed = SpeedSettings(concurrency, input_len, output_len, prompts, rates, repeats)
     folders = [Path(base), *map(Path, paths)]
-    checkpoints = open_all(folders, list(names) if names is not None else None)
+    checkpoints = open_all(folders, names)
     for checkpoint in checkpoints[1:]:
         require_quantized(checkpoint)
         require_same_model(checkpoints[0], checkpoint, "BASE")

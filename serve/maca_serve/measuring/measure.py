@@ -19,17 +19,7 @@ from maca_serve.engine.fit import Fit, fit
 from maca_serve.evaluation.plan import AccuracyPlan, plan_accuracy
 from maca_serve.evaluation.tasks import CONTINUATION
 from maca_serve.formats.checkpoint import Checkpoint, open_all
-from maca_serve.measuring.settings import (
-    CONCURRENCY,
-    INPUT_LEN,
-    LENGTHS,
-    LIMIT,
-    OUTPUT_LEN,
-    REPEATS,
-    WINDOWS,
-    AccuracySettings,
-    SpeedSettings,
-)
+from maca_serve.measuring.settings import AccuracySettings, SpeedSettings
 from maca_serve.speed.alternation import schedule
 from maca_serve.speed.bandwidth import copy_bandwidth
 from maca_serve.speed.bench import Benchmark
@@ -42,10 +32,10 @@ def accuracy(
     paths: Sequence[str | Path],
     *,
     text: str | Path | None = None,
-    lengths: Sequence[int | str] = LENGTHS,
-    windows: int = WINDOWS,
+    lengths: Sequence[int | str] = AccuracySettings.lengths,
+    windows: int = AccuracySettings.windows,
     tasks: Sequence[str] = (CONTINUATION,),
-    limit: int = LIMIT,
+    limit: int = AccuracySettings.limit,
     tensor_parallel: int = 1,
     names: Sequence[str] | None = None,
     output: str | Path | None = None,
@@ -72,10 +62,8 @@ def accuracy(
         IncompleteError: some could not be measured; the others are written, see `measure`.
     """
     require_vllm()
-    settings = AccuracySettings(
-        Path(text) if text else None, tuple(lengths), windows, tuple(tasks), limit
-    )
-    checkpoints = open_all([Path(path) for path in paths], _as_list(names))
+    settings = AccuracySettings(text, lengths, windows, tasks, limit)
+    checkpoints = open_all(list(map(Path, paths)), names)
     check_output(output)
     plan = plan_accuracy(settings, checkpoints)
     with _kept(output):
@@ -85,12 +73,12 @@ def accuracy(
 def throughput(
     paths: Sequence[str | Path],
     *,
-    concurrency: Sequence[int] = CONCURRENCY,
-    input_len: Sequence[int] = INPUT_LEN,
-    output_len: int = OUTPUT_LEN,
+    concurrency: Sequence[int] = SpeedSettings.concurrency,
+    input_len: Sequence[int] = SpeedSettings.input_len,
+    output_len: int = SpeedSettings.output_len,
     prompts: int | None = None,
     rates: Sequence[float] | str = (),
-    repeats: int = REPEATS,
+    repeats: int = SpeedSettings.repeats,
     tensor_parallel: int = 1,
     names: Sequence[str] | None = None,
     output: str | Path | None = None,
@@ -118,24 +106,11 @@ def throughput(
         IncompleteError: some could not be measured; the others are written, see `measure`.
     """
     require_vllm()
-    settings = speed_settings(concurrency, input_len, output_len, prompts, rates, repeats)
-    checkpoints = open_all([Path(path) for path in paths], _as_list(names))
+    settings = SpeedSettings(concurrency, input_len, output_len, prompts, rates, repeats)
+    checkpoints = open_all(list(map(Path, paths)), names)
     check_output(output)
     with _kept(output):
         return _finish(measure(checkpoints, None, settings, ranks=Ranks(tensor_parallel)), output)
-
-
-def speed_settings(
-    concurrency: Sequence[int],
-    input_len: Sequence[int],
-    output_len: int,
-    prompts: int | None,
-    rates: Sequence[float] | str,
-    repeats: int,
-) -> SpeedSettings:
-    """Settings of what `throughput` takes; raises UserError as they do."""
-    rates = rates if isinstance(rates, str) else tuple(rates)
-    return SpeedSettings(tuple(concurrency), tuple(input_len), output_len, prompts, rates, repeats)
 
 
 def measure(
@@ -328,10 +303,6 @@ def _require_fits(checkpoint: Checkpoint, speed: SpeedSettings | None) -> None:
             f"--input-len {max(speed.input_len)} and --output-len {speed.output_len} are together"
             f" longer than the context of {checkpoint.path}, {checkpoint.context}"
         )
-
-
-def _as_list(names: Sequence[str] | None) -> list[str] | None:
-    return list(names) if names is not None else None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What is measured, and the defaults of every command."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,6 @@ from maca_serve.common.errors import UserError
 from maca_serve.evaluation.tasks import CONTINUATION
 from maca_serve.speed.loads import PEAK_SHARES, Load
 
-# On two cores vLLM scores some 700 tokens of a 135M model a second: with these, a checkpoint
-# takes less than two minutes, of which the start of the engine is almost one.
-LENGTHS = (64, 256, 1024)
-WINDOWS = 12
-LIMIT = 32
-CONCURRENCY = (1, 4)
-INPUT_LEN = (128,)
-OUTPUT_LEN = 32
-REPEATS = 2
 AUTO = "auto"
 # Arrivals of a rate are measured for about this long, with at least so many requests.
 RATE_SECONDS, RATE_PROMPTS = 20, 8
@@ -28,6 +20,9 @@ SEED = 0
 class AccuracySettings:
     """Perplexity by length and multiple choice.
 
+    On two cores vLLM scores some 700 tokens of a 135M model a second: with the defaults, a
+    checkpoint takes less than two minutes, of which the start of the engine is almost one.
+
     Attributes:
         text: evaluation text, .txt or .jsonl; the package's sample when None.
         lengths: increasing input lengths in tokens; `context` is the model's.
@@ -37,11 +32,11 @@ class AccuracySettings:
         seed: of draws of questions and wrong choices.
     """
 
-    text: Path | None = None
-    lengths: tuple[int | str, ...] = LENGTHS
-    windows: int = WINDOWS
-    tasks: tuple[str, ...] = (CONTINUATION,)
-    limit: int = LIMIT
+    text: str | Path | None = None
+    lengths: Sequence[int | str] = (64, 256, 1024)
+    windows: int = 12
+    tasks: Sequence[str] = (CONTINUATION,)
+    limit: int = 32
     seed: int = SEED
 
     def __post_init__(self) -> None:
@@ -66,12 +61,12 @@ class SpeedSettings:
         seed: of the prompts and of their arrivals.
     """
 
-    concurrency: tuple[int, ...] = CONCURRENCY
-    input_len: tuple[int, ...] = INPUT_LEN
-    output_len: int = OUTPUT_LEN
+    concurrency: Sequence[int] = (1, 4)
+    input_len: Sequence[int] = (128,)
+    output_len: int = 32
     prompts: int | None = None
-    rates: tuple[float, ...] | str = ()
-    repeats: int = REPEATS
+    rates: Sequence[float] | str = ()
+    repeats: int = 2
     seed: int = SEED
 
     def __post_init__(self) -> None:
@@ -83,13 +78,15 @@ class SpeedSettings:
             raise UserError(f"--output-len: {self.output_len} has no time per output token; use 2")
         _check_list("--concurrency", self.concurrency, "1,4")
         _check_list("--input-len", self.input_len, "32,512")
+        lists = ["concurrency", "input_len"]
         if isinstance(self.rates, str):
             if self.rates != AUTO:
                 raise UserError(f"--rates: {self.rates!r} is not {AUTO}, nor numbers like 0.5,1")
-        elif self.rates:
-            _check_list("--rates", self.rates, "0.5,1,2")
-            object.__setattr__(self, "rates", tuple(sorted(self.rates)))
-        for name in ("concurrency", "input_len"):
+        else:
+            if self.rates:
+                _check_list("--rates", self.rates, "0.5,1,2")
+            lists.append("rates")
+        for name in lists:
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
 
     @property
@@ -122,7 +119,7 @@ class SpeedSettings:
         return 2 * load.concurrency
 
 
-def _check_list(option: str, numbers: tuple[float, ...], example: str) -> None:
+def _check_list(option: str, numbers: Sequence[float], example: str) -> None:
     if not numbers or not all(0 < number < math.inf for number in numbers):
         raise UserError(f"{option}: give positive numbers, e.g. {example}")
     if len(set(numbers)) != len(numbers):
