@@ -110,6 +110,15 @@ Scheme = Annotated[
     str | None,
     typer.Option(help="Instead of a recipe: W4A16, W3A16, W8A8, NVFP4A16 or another preset."),
 ]
+Bits = Annotated[
+    float | None,
+    typer.Option(help="A budget instead: bits a weight, scales and all; schemes by part."),
+]
+Size = Annotated[str | None, typer.Option(help="So, of the whole checkpoint, such as 5.2GB.")]
+Choose = Annotated[
+    str | None,
+    typer.Option(help=f"Schemes that the budget is spent on. Default: {defaults.CHOICES}."),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -174,6 +183,9 @@ def quantize(
     model_option: ModelOption = None,
     recipe: Recipe = None,
     scheme: Scheme = None,
+    bits: Bits = None,
+    size: Size = None,
+    choose: Choose = None,
     data: Data = None,
     lengths: Lengths = None,
     scales: Scales = None,
@@ -213,6 +225,9 @@ def quantize(
         model=_either(model, model_option, "MODEL", "--model") or defaults.MODEL,
         recipe=recipe,
         scheme=scheme,
+        bits=bits,
+        size=size,
+        choose=choose,
         data=data,
         lengths=_numbers(_either(lengths, scales, "--lengths", "--scales"), "--lengths"),
         tokens=tokens,

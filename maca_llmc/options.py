@@ -30,6 +30,9 @@ class QuantizeOptions:
     :param model: the embedded model's name, a folder, or a hub name
     :param recipe: YAML file; so ``scheme``, one of compressed-tensors' names, for a recipe of that
         scheme by MaCa; by default W4A16. Group sizes are the largest usual that divide the widths
+    :param bits: a weight, over all that may be quantized, scales and all: schemes are then chosen
+        part by part; so ``size`` of the whole checkpoint, such as "5.2GB"
+    :param choose: what they are chosen from, such as "W3A16,W4A16,BF16"
     :param data: text, JSONL, folder, hub name or ``Dataset``; the shipped English sample if None
     :param lengths: calibration lengths in tokens; by default ``defaults.SCALES`` up to the context
     :param tokens: calibration budget
@@ -56,6 +59,9 @@ class QuantizeOptions:
     model: str = defaults.MODEL
     recipe: str | Path | None = None
     scheme: str | None = None
+    bits: float | None = None
+    size: str | None = None
+    choose: str | None = None
     data: Any = None
     lengths: Sequence[int] | None = None
     tokens: int = defaults.TOKENS

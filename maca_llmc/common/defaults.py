@@ -32,3 +32,6 @@ EVALUATION_LIMIT = 200
 
 CONTAINER_BITS = 4
 """Bits that 2- and 3-bit codes are stored in on request: all 4-bit kernels read them."""
+
+CHOICES = "W2A16,W3A16,W4A16,W8A16"
+"""Schemes that a budget is spent on."""

@@ -102,19 +102,24 @@ def scheme_recipe(model: torch.nn.Module, scheme: str = DEFAULT_SCHEME) -> Recip
     :param scheme: one of compressed-tensors' presets, in any case
     :raises UserError: for any other, with those there are
     """
-    if scheme.upper() not in PRESET_SCHEMES or scheme.upper() == "UNQUANTIZED":
-        names = ", ".join(name for name in PRESET_SCHEMES if name != "UNQUANTIZED")
-        raise UserError(f"--scheme {scheme}: give one of {names}, or a --recipe")
     ignore = default_ignore(model)
-    group = preset_name_to_scheme(scheme.upper(), ["Linear"])
-    if group.weights.type == QuantizationType.INT and group.weights.group_size:
+    groups = {"group_0": scheme_of(model, scheme, ignore)}
+    return Recipe.from_modifiers(MaCaModifier(config_groups=groups, ignore=ignore))
+
+
+def scheme_of(model: torch.nn.Module, name: str, ignore: list[str]) -> QuantizationScheme:
+    """A preset of compressed-tensors for every Linear, see :func:`scheme_recipe`."""
+    if name.upper() not in PRESET_SCHEMES or name.upper() == "UNQUANTIZED":
+        names = ", ".join(preset for preset in PRESET_SCHEMES if preset != "UNQUANTIZED")
+        raise UserError(f"--scheme {name}: give one of {names}, or a --recipe")
+    scheme = preset_name_to_scheme(name.upper(), ["Linear"])
+    if scheme.weights.type == QuantizationType.INT and scheme.weights.group_size:
         sizes = dividing_group_sizes(linear_widths(model, ["Linear"], ignore).values())
-        fields = group.weights.model_dump() | (
+        fields = scheme.weights.model_dump() | (
             {"group_size": sizes[0]} if sizes else {"strategy": "channel", "group_size": None}
         )
-        group.weights = QuantizationArgs(**fields)
-    groups = {"group_0": group}
-    return Recipe.from_modifiers(MaCaModifier(config_groups=groups, ignore=ignore))
+        scheme.weights = QuantizationArgs(**fields)
+    return scheme
 
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:

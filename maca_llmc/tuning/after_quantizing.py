@@ -1,10 +1,12 @@
 """Quantize and tune in one go: the checkpoint in between lies hidden beside the output."""
 
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from maca_llmc.budget.recipe import with_budget_recipe
 from maca_llmc.common.errors import UserError
 from maca_llmc.options import Effort, QuantizeOptions, with_fields
 from maca_llmc.run import quantize_run
@@ -27,6 +29,18 @@ def quantize(output: str | Path, options: QuantizeOptions | None = None, **field
         disk or exhausted memory with the finished layers kept
     """
     options = with_fields(options, fields)
+    if options.choose is not None and options.bits is None and options.size is None:
+        raise UserError(f"--choose {options.choose}: give --bits or --size with it")
+    if options.bits is None and options.size is None:
+        return _quantize(output, options)
+    check_output(
+        resolve_output(output), (options.model, options.data), options.overwrite, options.resume
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return _quantize(output, with_budget_recipe(options, Path(folder)))
+
+
+def _quantize(output: str | Path, options: QuantizeOptions) -> Path:
     if options.tune is None:
         return quantize_run.quantize(output, options)
     return _quantize_and_tune(output, options)

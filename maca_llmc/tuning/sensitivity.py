@@ -46,7 +46,7 @@ def channel_sensitivity(
         with recomputing(layers):
             batches = batches_of(range(len(windows)), lengths, batch_tokens)
             for batch in tqdm.tqdm(batches, desc="sensitivity", unit="batch"):
-                _backward(model, torch.stack([windows[i] for i in batch]), generator)
+                sampled_backward(model, torch.stack([windows[i] for i in batch]), generator)
     finally:
         for handle in handles:
             handle.remove()
@@ -75,7 +75,11 @@ def _watching(total: torch.Tensor) -> Any:
     return hook
 
 
-def _backward(model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
+def sampled_backward(model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
+    """Gradients of the log-probability of answers that are drawn from the model itself.
+
+    :param ids: windows of one length, ``[windows, T]``
+    """
     embedded = model.get_input_embeddings()(ids.to(model.device)).detach().requires_grad_()
     logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
     with torch.no_grad():
