@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/budget.py --seeds 0     # adds what is missing
 
-One line of ``benchmarks/results/budget.jsonl`` a cell: uniform ``W3A16`` in groups of 64 (3.25 bits)
-and the same bits spent on 2, 3 and 4 bits; so for ``W4A16`` (4.25 bits) and 3, 4 and 8.
+One line of ``benchmarks/results/budget.jsonl`` a cell: uniform ``W3A16`` in groups of 64, 3.25
+bits, and the same spent on 2, 3 and 4 bits; so for ``W4A16``, 4.25 bits, and 3, 4 and 8.
 """
 
 import argparse
