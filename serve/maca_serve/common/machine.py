@@ -45,6 +45,7 @@ def require_vllm() -> str:
 def versions() -> dict[str, str | None]:
     """Versions of what takes part in a measurement; None for what is not installed."""
     names = (
+        "maca-llmc",
         "maca-llmc-serve",
         "vllm",
         "zentorch",
