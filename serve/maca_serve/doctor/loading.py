@@ -140,7 +140,7 @@ def _load(model: Any, tensors: Described, found: Answer, whole: bool) -> None:
     writes = _Writes()
     for _ in range(LOOKS):
         writes = _Writes()
-        given = _Given(left)
+        given = _Given(left, writes)
         try:
             with writes:
                 model.load_weights(iter(given))
@@ -161,36 +161,37 @@ def _load(model: Any, tensors: Described, found: Answer, whole: bool) -> None:
     refused = {name for each in found["refused"] for name in each["tensors"]}
     missing = _missing(model, set(tensors), refused, writes)
     found["missing"] = sorted(missing - refused)
-    found["unread"] = sorted(set(given.unread(writes)) - refused)
+    found["unread"] = sorted(set(given.unread()) - refused)
     found["cut"] = [
         {"tensor": name, "shape": list(tensor.shape), "read": read}
-        for name, tensor, read in given.parts_read(writes)
+        for name, tensor, read in given.parts_read()
     ]
 
 
 class _Given:
     """Tensors without values, one after another; it remembers them, and which came last."""
 
-    def __init__(self, tensors: Described) -> None:
-        self.tensors, self.last = tensors, ""
+    def __init__(self, tensors: Described, writes: "_Writes") -> None:
+        self.tensors, self.writes, self.last = tensors, writes, ""
         self.made: dict[str, torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, (dtype, shape) in self.tensors.items():
             self.last = name
             self.made[name] = _make(dtype, shape)
+            self.writes.forget(self.made[name])
             yield name, self.made[name]
 
-    def unread(self, writes: "_Writes") -> Iterator[str]:
+    def unread(self) -> Iterator[str]:
         """Names of tensors that nothing was done with."""
         for name, tensor in self.made.items():
-            if tensor.untyped_storage()._cdata not in writes.used:
+            if tensor.untyped_storage()._cdata not in self.writes.used:
                 yield name
 
-    def parts_read(self, writes: "_Writes") -> Iterator[tuple[str, torch.Tensor, int]]:
+    def parts_read(self) -> Iterator[tuple[str, torch.Tensor, int]]:
         """Tensors that were read once, and not all of them."""
         for name, tensor in self.made.items():
-            read = writes.read.get(tensor.untyped_storage()._cdata, 0)
+            read = self.writes.read.get(tensor.untyped_storage()._cdata, 0)
             if 0 < read < tensor.numel():
                 yield name, tensor, read
 
@@ -215,6 +216,12 @@ class _Writes(TorchDispatchMode):
         self.used: set[int] = set()
         self.written: dict[int, int] = defaultdict(int)
         self.read: dict[int, int] = defaultdict(int)
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Count a new tensor from nothing: its storage may lie where another's was."""
+        place = tensor.untyped_storage()._cdata
+        self.used.discard(place)
+        self.read.pop(place, None)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
