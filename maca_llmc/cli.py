@@ -36,6 +36,9 @@ def main() -> None:
     """Run the command; what the user can mend is one line on standard error and exit code 2."""
     if find_spec("llmcompressor") is None:
         sys.exit(_fail(maca_llmc.MISSING))
+    # llm-compressor logs to standard output once it is imported; the command shows its warnings
+    # itself, once each. In anyone else's program its logging is left alone.
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
     os.environ["PYTHONSAFEPATH"] = "1"  # no child takes modules from the current folder
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidies up, and says what is kept
     try:
@@ -260,6 +263,15 @@ def plan_run(
     ] = Path("checkpoint"),
     recipe: Recipe = None,
     scheme: Scheme = None,
+    bits: Bits = None,
+    size: Size = None,
+    choose: Choose = None,
+    frontier: Annotated[
+        bool,
+        typer.Option(
+            "--frontier", help="Show what each number of bits would cost; loads the weights."
+        ),
+    ] = False,
     data: Data = None,
     lengths: Lengths = None,
     scales: Scales = None,
@@ -278,7 +290,7 @@ def plan_run(
 ) -> None:
     """What quantize would do to MODEL with the same flags, and what it would take.
 
-    Loads no weights.
+    Loads no weights, unless there is a budget to spend.
     """
     from maca_llmc.planning.plan_table import print_plan  # brings torch, which takes seconds
 
@@ -286,6 +298,9 @@ def plan_run(
         model=_either(model, model_option, "MODEL", "--model") or defaults.MODEL,
         recipe=recipe,
         scheme=scheme,
+        bits=bits,
+        size=size,
+        choose=choose,
         data=data,
         lengths=_numbers(_either(lengths, scales, "--lengths", "--scales"), "--lengths"),
         tokens=tokens,
@@ -301,6 +316,9 @@ def plan_run(
         allow_unfused=allow_unfused,
         overwrite=overwrite,
     )
+    if frontier:
+        _print_frontier(options)
+        return
     print_plan(_showing_warnings(maca_llmc.plan)(output, options))
 
 
@@ -416,6 +434,16 @@ def _print_written(folder: Path) -> None:
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     console.print(f"wrote {folder} ({size:.0f} MB)", highlight=False, soft_wrap=True)
     console.print(CHECKPOINT_NEXT.format(folder=folder), highlight=False, soft_wrap=True)
+
+
+def _print_frontier(options: QuantizeOptions) -> None:
+    from maca_llmc.budget.recipe import frontier
+
+    title = "what bits would cost: rounding alone, to second order; compare, do not believe"
+    table = Table("bits a weight", "KL to the base, nats a token", title=title)
+    for bits, expected in frontier(options):
+        table.add_row(f"{bits:.3f}", f"{expected:.4g}")
+    Console().print(table)
 
 
 def _print_table(results: dict[str, Any]) -> None:

@@ -66,27 +66,59 @@ def with_budget_recipe(options: QuantizeOptions, folder: Path) -> QuantizeOption
 
 def plan_budget(options: QuantizeOptions) -> Budget:
     """Measure and choose; loads the model."""
-    source = loading.resolve_model(str(options.model))
-    config = loading.load_config(source)
-    shapes = loading.meta_model(config)
-    ignore = default_ignore(shapes)
-    parts = find_parts(shapes, ignore)
-    names = [name.strip().upper() for name in (options.choose or defaults.CHOICES).split(",")]
-    schemes = [_scheme(shapes, name, ignore) for name in names]
-    sizes = np.array(
-        [[part.bits(scheme and scheme.weights) for scheme in schemes] for part in parts], float
-    )
-    weights = sum(part.weights for part in parts)
-    budget = _budget(options, shapes, config, weights)
-    choose(np.zeros_like(sizes), sizes, budget)  # refuses before the model is loaded
-    costs = _costs(options, source, config, parts, schemes)
-    chosen = choose(costs, sizes, budget)
-    rows = range(len(parts))
-    return Budget(
-        _recipe(parts, names, schemes, chosen, ignore),
-        float(sizes[rows, chosen].sum() / weights),
-        float(costs[rows, chosen].sum()),
-    )
+    spending = Spending(options)
+    budget = spending.bits_in_all(options)
+    choose(np.zeros_like(spending.sizes), spending.sizes, budget)  # before the model is loaded
+    return spending.spend(budget, spending.costs())
+
+
+def frontier(options: QuantizeOptions, points: int = 12) -> list[tuple[float, float]]:
+    """Bits a weight and what they would cost at best, nats a token, from the fewest to the most.
+
+    Loads the model. Costs are those of rounding to nearest, to second order: compare them.
+    """
+    spending = Spending(options)
+    costs = spending.costs()
+    least, most = (f(spending.sizes, axis=1).sum() for f in (np.min, np.max))
+    found = [spending.spend(budget, costs) for budget in np.linspace(least, most, points)]
+    return [(budget.bits, budget.expected) for budget in found]
+
+
+class Spending:
+    """What bits can be spent on: the parts of a model, and schemes with what they take.
+
+    :raises UserError: for a scheme that it does not take
+    """
+
+    def __init__(self, options: QuantizeOptions) -> None:
+        self._options = options
+        self._source = loading.resolve_model(str(options.model))
+        self._config = loading.load_config(self._source)
+        self._shapes = loading.meta_model(self._config)
+        self._ignore = default_ignore(self._shapes)
+        self.parts = find_parts(self._shapes, self._ignore)
+        self.names = [n.strip().upper() for n in (options.choose or defaults.CHOICES).split(",")]
+        self.schemes = [_scheme(self._shapes, name, self._ignore) for name in self.names]
+        self.weights = sum(part.weights for part in self.parts)
+        rows = [[p.bits(scheme and scheme.weights) for scheme in self.schemes] for p in self.parts]
+        self.sizes = np.array(rows, float)
+
+    def bits_in_all(self, options: QuantizeOptions) -> float:
+        """The budget, for all that may be quantized."""
+        return _budget(options, self._shapes, self._config, self.weights)
+
+    def costs(self) -> Any:
+        """Nats a token, ``[parts, schemes]``."""
+        return _costs(self._options, self._source, self._config, self.parts, self.schemes)
+
+    def spend(self, budget: float, costs: Any) -> Budget:
+        """The best within a budget."""
+        chosen, rows = choose(costs, self.sizes, budget), range(len(self.parts))
+        return Budget(
+            _recipe(self.parts, self.names, self.schemes, chosen, self._ignore),
+            float(self.sizes[rows, chosen].sum() / self.weights),
+            float(costs[rows, chosen].sum()),
+        )
 
 
 def _scheme(shapes: Any, name: str, ignore: list[str]) -> QuantizationScheme | None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import tempfile
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 import torch
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
 
+from maca_llmc.budget.recipe import with_budget_recipe
 from maca_llmc.calibrate.full_precision import asymmetric_modifiers
 from maca_llmc.common.memory import available_memory
 from maca_llmc.common.progress import quiet, tell
@@ -55,7 +57,12 @@ def plan(
     """
     tell("planning: asking the serve environment for its kernels takes a minute")
     with quiet():
-        run = prepare(output, with_fields(options, fields))
+        options = with_fields(options, fields)
+        if options.bits is not None or options.size is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                run = prepare(output, with_budget_recipe(options, Path(folder)))
+        else:
+            run = prepare(output, options)
         check_disk(resolve_output(output), run.shapes)
         solves = find_solves(run)
     return {

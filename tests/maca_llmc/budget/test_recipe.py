@@ -2,13 +2,17 @@
 
 import json
 import re
+import sys
 
 import pytest
 from tiny import WIDE, random_text, save_tiny_model
 
 import maca_llmc
+from maca_llmc import cli
 from maca_llmc.budget.parts import expressions, find_parts
+from maca_llmc.budget.recipe import frontier
 from maca_llmc.common.errors import UserError
+from maca_llmc.options import QuantizeOptions
 from maca_llmc.recipe.targets import default_ignore
 from maca_llmc.tuning.checkpoint import read_weights
 
@@ -94,3 +98,16 @@ def test_what_cannot_be_is_said_before_anything_is_made(model, tmp_path, given, 
     with pytest.raises(UserError, match=message):
         maca_llmc.quantize(tmp_path / "out", model=str(model), **GIVEN | given)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_frontier_falls_and_plan_shows_the_choice(model, tmp_path, monkeypatch, capsys):
+    found = frontier(QuantizeOptions(model=str(model), **GIVEN), points=5)
+    bits, expected = zip(*found, strict=True)
+    assert list(bits) == sorted(bits) and list(expected) == sorted(expected, reverse=True)
+    plan = maca_llmc.plan(tmp_path / "out", model=str(model), bits=4.0, **GIVEN)
+    assert len(plan["modules"]) > 1
+    words = ["plan", str(model), "--frontier", "--tokens", "256", "--lengths", "16,32"]
+    monkeypatch.setattr(sys, "argv", ["maca-llmc", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code and f"{bits[0]:.3f}" in capsys.readouterr().out
