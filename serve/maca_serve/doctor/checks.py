@@ -205,8 +205,8 @@ def check_values(contents: Contents, tensors: dict[str, Tensor]) -> None:
         what = Problem("error", "holds NaN or infinity", "quantize again", values.broken)
         contents.problems.append(what)
     if values.impossible:
-        what = "is not above zero, and activations are divided by it"
-        contents.problems.append(Problem("error", what, "quantize again", values.impossible))
+        why = "is not above zero, and activations are divided by it"
+        contents.problems.append(Problem("error", why, "quantize again", values.impossible))
     modules = {name.rpartition(".")[0] for name in values.negative}
     contents.signed = modules & contents.quantized
 
