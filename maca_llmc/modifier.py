@@ -11,6 +11,7 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator
 
 from maca_llmc.common.errors import CalibrationError
+from maca_llmc.gptq import cpu_backend  # noqa: F401  # registers the compiled sweep
 from maca_llmc.gptq.gptaq import feedback
 from maca_llmc.gptq.hessian import fill_dead_columns, mirror
 from maca_llmc.gptq.moments import Moments

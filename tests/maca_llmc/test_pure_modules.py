@@ -9,9 +9,7 @@ SERVE = Path(__file__).parents[2] / "serve" / "maca_serve"
 IMPORT = re.compile(r"^\s*(?:from|import) (maca_llmc[\w.]*)(?: import (\w+))?", re.M)
 
 CHECK = """
-import sys
-sys.argv[0] = "maca-llmc"  # as where llm-compressor is missing: nothing is imported early
-import importlib
+import importlib, sys
 for name in {names}:
     importlib.import_module(name)
 heavy = {{"llmcompressor", "datasets", "numba", "loguru"}}
@@ -34,3 +32,28 @@ def test_no_import_of_the_serve_side_reaches_llm_compressor():
     script = CHECK.format(names=names)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
+
+
+def test_importing_the_package_does_not_wait_for_torch():
+    script = (
+        "import sys, maca_llmc; maca_llmc.QuantizeOptions(lengths=[8])\n"
+        "print(*{'torch', 'llmcompressor', 'typer'}.intersection(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
+
+
+def test_the_first_name_that_is_used_registers_what_recipes_and_oneshot_name():
+    script = (
+        "from maca_llmc import build_calibration_set\n"
+        "from compressed_tensors.utils.impl_backend import ImplBackend\n"
+        "from llmcompressor.modifiers import ModifierFactory\n"
+        "from llmcompressor.pipelines.registry import CalibrationPipeline\n"
+        "fields = {'scheme': 'W4A16', 'allow_registered': True, 'allow_experimental': False}\n"
+        "print(type(ModifierFactory.create('MaCaModifier', **fields)).__module__)\n"
+        "print(CalibrationPipeline.get_value_from_registry('maca').__module__)\n"
+        "print('maca_llmc.gptq.cpu_backend' in __import__('sys').modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    names = ["maca_llmc.modifier", "maca_llmc.calibrate.pipeline", "True"]
+    assert done.stdout.split()[-3:] == names, done.stderr

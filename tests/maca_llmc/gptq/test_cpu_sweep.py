@@ -10,7 +10,7 @@ from compressed_tensors.utils.impl_backend import ImplBackend
 from llmcompressor.modifiers.gptq import gptq_quantize
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-import maca_llmc  # noqa: F401  # registers the compiled sweep
+from maca_llmc.gptq import cpu_backend  # noqa: F401  # registers the compiled sweep
 
 SCHEMES = [
     {"num_bits": bits, "symmetric": symmetric, **layout}
