@@ -128,14 +128,8 @@ def main() -> None:
     }
     verdicts = [verdict(groups[key], titles[key]) for key in sorted(groups)]
     tables = [f"## {titles[key]}\n\n{table(groups[key])}\n" for key in sorted(groups)]
-    machines = sorted(
-        {
-            c["machine"]["cpu"]
-            for group in groups.values()
-            for s in group.values()
-            for c in s.values()
-        }
-    )
+    cells = [cell for group in groups.values() for of in group.values() for cell in of.values()]
+    machines = sorted({cell["machine"]["processor"] for cell in cells})
     PAGE.write_text(
         TEXT.read_text().format(
             verdicts="\n".join(f"- {line}" for line in verdicts),

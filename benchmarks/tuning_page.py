@@ -3,6 +3,7 @@
 .venv/bin/python benchmarks/tuning_page.py
 """
 
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -16,6 +17,8 @@ PAGE = HERE / "TUNING.md"
 Cell = dict[str, Any]
 Group = dict[str, dict[int, Cell]]
 """By arm and seed, of one model and scheme."""
+
+TRIALS = HERE / "results" / "tuning_trials.json"
 
 HEAD = """# What tuning after rounding is worth
 
@@ -94,6 +97,16 @@ def _mean_kl(cells: list[Cell], text: str) -> float:
     return statistics.fmean(kl(cell, text, n) for cell in cells for n in LENGTHS)
 
 
+def trials() -> str:
+    """Variants that were tried on the way, and what came of each."""
+    found = json.loads(TRIALS.read_text())
+    rows = [["variant", *(f"KL at {n}" for n in LENGTHS), "in the product"]]
+    for trial in found["trials"]:
+        values = [f"{value:.4f}" for value in trial["kl"]]
+        rows.append([trial["variant"], *values, trial["outcome"]])
+    return f"## Tried on the way\n\n{found['about']}\n\n{markdown(rows)}\n"
+
+
 def arms_described(groups: dict[tuple[str, str], Group]) -> str:
     """What the arms of the page are, from their definitions."""
     rows = [["arm", "start", "blocks", "end to end", "lengths"]]
@@ -129,13 +142,14 @@ def main() -> None:
         for (model, scheme), group in sorted(groups.items()):
             if found := table(group, text):
                 parts.append(f"## {title}: {model}, {scheme}\n\n{found}\n")
+    parts.append(trials())
     parts.append(f"## The arms\n\n{arms_described(groups)}\n")
     PAGE.write_text("\n".join(parts))
 
 
 def _machine(cell: Cell) -> str:
     machine = cell["machine"]
-    return ", ".join(f"{key} {machine[key]}" for key in ("cpu", "threads") if key in machine)
+    return f"{machine['processor']}, {machine['threads']} threads"
 
 
 if __name__ == "__main__":
