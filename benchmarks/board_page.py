@@ -22,6 +22,7 @@ ROWS = {
     # arm of tuning.py: what it is called here, and whether it is ours
     "nearest": ("round to nearest, min-max", False),
     "nearest-mse": ("round to nearest, least squared error", False),
+    "awq": ("AWQ (llm-compressor), windows of 512", False),
     "stock": ("GPTQ (llm-compressor), windows of 2048", False),
     "stock-512": ("GPTQ (llm-compressor), windows of 512", False),
     "paper": ("MaCa as we read the paper, min-max scales", True),

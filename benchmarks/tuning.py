@@ -31,7 +31,7 @@ from maca_llmc.tuning.options import BlockOptions, EndToEndOptions
 CELLS = Path(__file__).parent / "results" / "tuning.jsonl"
 CHECKPOINTS = Path(__file__).parents[1] / "runs" / "tuning"
 VALIDATION = {"text": None, "lengths": MAIN.lengths, "windows": 12, "targets": 64}
-NEAREST, NEAREST_MSE = "nearest", "nearest by squared error"
+NEAREST, NEAREST_MSE, AWQ = "nearest", "nearest by squared error", "awq"
 KEY = ("model", "scheme", "arm", "seed")
 Cell = dict[str, Any]
 
@@ -58,6 +58,7 @@ class Arm:
 QUANTIZED = {
     "nearest": Arm(method=NEAREST),
     "nearest-mse": Arm(method=NEAREST_MSE),
+    "awq": Arm(method=AWQ, lengths=(512,)),
     "stock": Arm(method="gptq-2048"),
     "stock-512": Arm(method="gptq-512"),
     "paper": Arm(method="mixed-p1"),
@@ -126,14 +127,17 @@ def checkpoint(cell: Cell, model: str) -> Path:
 
 def quantized(method: str, cell: Cell, model: str, folder: Path) -> Path:
     """Quantize as the grid does, or to nearest."""
-    nearest = method in (NEAREST, NEAREST_MSE)
+    nearest = method in (NEAREST, NEAREST_MSE, AWQ)
     fields, data = METHODS[DEFAULT if nearest else method]
+    data = {"scales": (512,)} if method == AWQ else data
     observed = {"observer": "memoryless_mse"} if method == NEAREST_MSE else {}
     recipe = recipe_of(cell["scheme"], fields | observed)
     if nearest:
         (modifiers,) = (stage["quantize_modifiers"] for stage in recipe.values())
         kept = {name: modifiers["MaCaModifier"][name] for name in ("config_groups", "ignore")}
-        recipe = {"quantize_stage": {"quantize_modifiers": {"QuantizationModifier": kept}}}
+        before = {"AWQModifier": {}} if method == AWQ else {}
+        made = {**before, "QuantizationModifier": kept}
+        recipe = {"quantize_stage": {"quantize_modifiers": made}}
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
