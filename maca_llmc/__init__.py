@@ -7,9 +7,11 @@
 ``quantize``, ``tune``, ``plan`` and ``evaluate`` are the commands as Python calls.
 
 ``import maca_llmc`` alone does not wait for torch. The first name that is used imports
-llm-compressor, and registers ``MaCaModifier`` and the pipeline "maca" there.
+llm-compressor, and registers ``MaCaModifier`` and the pipeline "maca" there; where llm-compressor
+has been imported before, so does the import itself.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -61,6 +63,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if find_spec("llmcompressor") is None:
         raise ImportError(MISSING)
+    _register()
+    return getattr(import_module(f"maca_llmc.{_HOMES[name]}"), name)
+
+
+def _register() -> None:
     for module in _REGISTERING:
         import_module(module)
-    return getattr(import_module(f"maca_llmc.{_HOMES[name]}"), name)
+
+
+if "llmcompressor" in sys.modules:
+    _register()

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SERVE = Path(__file__).parents[2] / "serve" / "maca_serve"
 IMPORT = re.compile(r"^\s*(?:from|import) (maca_llmc[\w.]*)(?: import (\w+))?", re.M)
 
@@ -43,9 +45,13 @@ def test_importing_the_package_does_not_wait_for_torch():
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
 
 
-def test_the_first_name_that_is_used_registers_what_recipes_and_oneshot_name():
+@pytest.mark.parametrize(
+    "imported",
+    ["from maca_llmc import build_calibration_set", "import llmcompressor, maca_llmc"],
+)
+def test_the_first_name_that_is_used_registers_what_recipes_and_oneshot_name(imported):
     script = (
-        "from maca_llmc import build_calibration_set\n"
+        f"{imported}\n"
         "from compressed_tensors.utils.impl_backend import ImplBackend\n"
         "from llmcompressor.modifiers import ModifierFactory\n"
         "from llmcompressor.pipelines.registry import CalibrationPipeline\n"
