@@ -270,10 +270,14 @@ def save_model(model: Any, folder: Path) -> None:
         if isinstance(module, torch.nn.Linear) and not is_module_quantized(module)
     ]
     ignored += [name for name in plain if name not in ignored]
-    ignored += _ends(model, [name for name in plain if not base_weights.LAYER.search(name)])
+    ignored += _ends(model, [name for name in plain if not _within_layers(name)])
     if not base_weights.draft_tensors(base_weights.read_headers(str(folder)), model.config):
         base_weights.forget_draft_layers(config)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _within_layers(name: str) -> bool:
+    return bool(re.search(r"\.\d+\.", name) or base_weights.ENCODER.search(name))
 
 
 def _ends(model: torch.nn.Module, names: list[str]) -> list[str]:
