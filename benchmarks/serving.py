@@ -100,7 +100,7 @@ def folder_of(model: str, scheme: str, layers: int) -> Path:
         command = [QUANTIZE, "embedded-model", folder]
         if scheme != "bf16":
             command = [QUANTIZE, "quantize", "--output", folder, "--tokens", "4096"]
-            command += ["--recipe", ROOT / "recipes" / RECIPES[scheme], "--scales", "128,256"]
+            command += ["--recipe", ROOT / "recipes" / RECIPES[scheme], "--lengths", "128,256"]
         subprocess.run([str(part) for part in command], check=True)
     return folder
 

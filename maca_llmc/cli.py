@@ -179,6 +179,11 @@ def _either(given: str | None, alias: str | None, name: str, older: str) -> str 
     return alias if given is None else given
 
 
+def _model(argument: str | None, option: str | None) -> str:
+    model = _either(argument, option, "MODEL", "--model")
+    return defaults.MODEL if model is None else model
+
+
 @app.command()
 def quantize(
     output: Annotated[Path, typer.Option(help="Folder to make for the checkpoint.")],
@@ -225,7 +230,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL by a recipe and write a checkpoint that vLLM loads."""
     options = QuantizeOptions(
-        model=_either(model, model_option, "MODEL", "--model") or defaults.MODEL,
+        model=_model(model, model_option),
         recipe=recipe,
         scheme=scheme,
         bits=bits,
@@ -259,8 +264,9 @@ def plan_run(
     model: Model = None,
     model_option: ModelOption = None,
     output: Annotated[
-        Path, typer.Option(help="Where the checkpoint is to go: its disk is looked at.")
-    ] = Path("checkpoint"),
+        Path | None,
+        typer.Option(help="Where it would go: is that free, is there disk? Default: disk here."),
+    ] = None,
     recipe: Recipe = None,
     scheme: Scheme = None,
     bits: Bits = None,
@@ -295,7 +301,7 @@ def plan_run(
     from maca_llmc.planning.plan_table import print_plan  # brings torch, which takes seconds
 
     options = QuantizeOptions(
-        model=_either(model, model_option, "MODEL", "--model") or defaults.MODEL,
+        model=_model(model, model_option),
         recipe=recipe,
         scheme=scheme,
         bits=bits,

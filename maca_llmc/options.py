@@ -86,8 +86,10 @@ class QuantizeOptions:
 def with_fields(options: QuantizeOptions | None, fields: dict[str, Any]) -> QuantizeOptions:
     """Options, with those that a caller gave by name; ``scales`` is what ``lengths`` was called.
 
-    :raises TypeError: names a field that there is not
+    :raises TypeError: names a field that there is not, or says that one is given twice
     """
     if "scales" in fields:
-        fields = {"lengths": fields["scales"]} | {k: v for k, v in fields.items() if k != "scales"}
+        if "lengths" in fields:
+            raise TypeError("lengths and scales, its former name: give lengths")
+        fields = {"lengths" if name == "scales" else name: fields[name] for name in fields}
     return replace(options or QuantizeOptions(), **fields)

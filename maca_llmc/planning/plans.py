@@ -30,6 +30,8 @@ from maca_llmc.run.output import check_disk, resolve_output
 from maca_llmc.run.prepare import Run, prepare
 
 FLOAT32 = 4
+UNNAMED = Path("checkpoint")
+"""Stands for an output that is not given yet."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,15 @@ class Solve:
 
 
 def plan(
-    output: str | Path, options: QuantizeOptions | None = None, **fields: Any
+    output: str | Path | None = None, options: QuantizeOptions | None = None, **fields: Any
 ) -> dict[str, Any]:
     """What :func:`maca_llmc.quantize` would do with the same arguments, and what it would take.
 
     Weights are not loaded. The serve environment is asked for its kernels, which takes about a
     minute. Sizes are in bytes, and estimates.
 
+    :param output: where the checkpoint is to go; if None, only the current folder's disk is
+        looked at
     :param options: as in :func:`maca_llmc.quantize`; so ``fields``
     :return: JSON-able: ``modules`` per scheme, ``unquantized`` with reasons, ``dropped``,
         ``hessians``, ``calibration``, ``memory``, ``checkpoint_bytes``, ``state_bytes``,
@@ -63,7 +67,7 @@ def plan(
                 run = prepare(output, with_budget_recipe(options, Path(folder)))
         else:
             run = prepare(output, options)
-        check_disk(resolve_output(output), run.shapes)
+        check_disk(resolve_output(output or UNNAMED), run.shapes)
         solves = find_solves(run)
     return {
         "modules": quantized_modules(run),

@@ -99,7 +99,7 @@ def scheme_recipe(model: torch.nn.Module, scheme: str = DEFAULT_SCHEME) -> Recip
     each row is a group.
 
     :param model: its shapes are enough (meta device)
-    :param scheme: one of compressed-tensors' presets, in any case
+    :param scheme: one of compressed-tensors' presets, in any case, with - or _
     :raises UserError: for any other, with those there are
     """
     ignore = default_ignore(model)
@@ -109,10 +109,11 @@ def scheme_recipe(model: torch.nn.Module, scheme: str = DEFAULT_SCHEME) -> Recip
 
 def scheme_of(model: torch.nn.Module, name: str, ignore: list[str]) -> QuantizationScheme:
     """A preset of compressed-tensors for every Linear, see :func:`scheme_recipe`."""
-    if name.upper() not in PRESET_SCHEMES or name.upper() == "UNQUANTIZED":
-        names = ", ".join(preset for preset in PRESET_SCHEMES if preset != "UNQUANTIZED")
+    preset = name.upper().replace("-", "_")
+    if preset not in PRESET_SCHEMES or preset == "UNQUANTIZED":
+        names = ", ".join(each for each in PRESET_SCHEMES if each != "UNQUANTIZED")
         raise UserError(f"--scheme {name}: give one of {names}, or a --recipe")
-    scheme = preset_name_to_scheme(name.upper(), ["Linear"])
+    scheme = preset_name_to_scheme(preset, ["Linear"])
     if scheme.weights.type == QuantizationType.INT and scheme.weights.group_size:
         sizes = dividing_group_sizes(linear_widths(model, ["Linear"], ignore).values())
         fields = scheme.weights.model_dump() | (

@@ -87,14 +87,15 @@ class Run:
         self.wall_seconds[phase] = round(time.perf_counter() - start, 3)
 
 
-def prepare(output: str | Path, options: QuantizeOptions) -> Run:
+def prepare(output: str | Path | None, options: QuantizeOptions) -> Run:
     """Check all that can be checked before the weights are loaded, and decide the rest.
 
-    :param output: folder to make
+    :param output: folder to make; None where none is to be made
     :raises UserError: for anything the user can mend; nothing is written
     """
-    overwrite, resume = options.overwrite, options.resume
-    check_output(resolve_output(output), (options.model, options.data), overwrite, resume)
+    if output is not None:
+        inputs = options.model, options.data
+        check_output(resolve_output(output), inputs, options.overwrite, options.resume)
     _check_values(options)
     parsed = read_recipe(options.recipe) if options.recipe is not None else None
     device = resolve_device(options.device)

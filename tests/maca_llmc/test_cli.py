@@ -17,7 +17,7 @@ from tiny import random_text
 import maca_llmc
 from maca_llmc import cli
 from maca_llmc.common import defaults, record
-from maca_llmc.options import Balance, Effort, QuantizeOptions
+from maca_llmc.options import Balance, Effort, QuantizeOptions, with_fields
 from maca_llmc.planning import plan_table
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def options(here, **changed):
         "output": here / "out",
         "model": here / "model",
         "data": here / "data.jsonl",
-        "scales": "8,16,32",
+        "lengths": "8,16,32",
         "tokens": 128,
     } | changed
     return [w for name, v in given.items() for w in (f"--{name.replace('_', '-')}", str(v))]
@@ -88,11 +88,14 @@ BAD = {
         {"recipe": RECIPES / "w4a16-g128.maca.yaml"},
         r"group size 128 does not divide .*q_proj \(64\): 32, 16 would",
     ),
-    "scales of nothing": ({"scales": "0,8"}, "lengths 0,8: give positive lengths such as"),
-    "scales that fall": ({"scales": "16,8"}, "lengths 16,8 are not increasing: sort them"),
-    "scales as words": ({"scales": "8,long"}, "--lengths '8,long': give whole numbers such as"),
-    "scales over the context": ({"scales": "8,513"}, r"length 513 .*context \(512\): lower it"),
-    "scales over the text": ({"scales": "8,81"}, r"length 81 .*any text at hand \(80 tokens\): lo"),
+    "lengths of nothing": ({"lengths": "0,8"}, "lengths 0,8: give positive lengths such as"),
+    "lengths that fall": ({"lengths": "16,8"}, "lengths 16,8 are not increasing: sort them"),
+    "lengths as words": ({"lengths": "8,long"}, "--lengths '8,long': give whole numbers such as"),
+    "lengths over the context": ({"lengths": "8,513"}, r"length 513 .*context \(512\): lower it"),
+    "lengths over the text": (
+        {"lengths": "8,81"},
+        r"length 81 .*any text at hand \(80 tokens\): lo",
+    ),
     "more than the data": ({"tokens": 9000}, "too little text: .*lower the token budget"),
     "no tokens": ({"tokens": 0}, "token budget is 0: give a positive number"),
     "unknown balance": (
@@ -261,6 +264,19 @@ def test_the_model_is_an_argument_and_an_option(here, monkeypatch, capsys):
         assert run(monkeypatch, capsys, "plan", *words)[0] == 0 and seen.pop() == "m"
     code, _, lines = run(monkeypatch, capsys, "plan", "m", "--model", "n")
     assert code == 2 and lines == ["error: MODEL is 'm' and --model is 'n': give one"]
+
+
+def test_lengths_were_called_scales(here, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(maca_llmc, "plan", lambda *given: seen.append(given))
+    monkeypatch.setattr(plan_table, "print_plan", lambda plan: None)
+    assert run(monkeypatch, capsys, "plan", "m", "--scales", "8,16")[0] == 0
+    assert seen == [(None, QuantizeOptions(model="m", lengths=[8, 16]))]
+    code, _, lines = run(monkeypatch, capsys, "plan", "m", "--scales", "8", "--lengths", "16")
+    assert code == 2 and lines == ["error: --lengths is '16' and --scales is '8': give one"]
+    assert with_fields(None, {"scales": [8]}) == QuantizeOptions(lengths=[8])
+    with pytest.raises(TypeError, match="give lengths"):
+        with_fields(None, {"scales": [8], "lengths": [8]})
 
 
 def test_plan_takes_the_flags_of_quantize(here, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, CompressedTensorsConfig
 import maca_llmc
 from maca_llmc.model.loading import model_class_of
 
-DATA = {"data": random_text(), "scales": [8, 16, 32], "tokens": 128}
+DATA = {"data": random_text(), "lengths": [8, 16, 32], "tokens": 128}
 """A calibration of a few short sequences."""
 
 

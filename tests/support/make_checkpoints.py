@@ -22,7 +22,7 @@ from maca_llmc.model.smollm2 import embedded_model
 
 ROOT = Path(__file__).parents[2]
 PROMPT_LENGTHS = (16, 64, 200)
-FEW = {"tokens": 1024, "scales": (128, 256)}
+FEW = {"tokens": 1024, "lengths": (128, 256)}
 
 
 @torch.no_grad()

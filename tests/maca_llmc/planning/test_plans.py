@@ -112,7 +112,7 @@ def test_the_memory_of_the_embedded_model_is_near_what_a_run_took():
     found = maca_llmc.plan(
         "nowhere",
         recipe=ROOT / "recipes" / "w4a16-g64.maca.yaml",
-        scales=[128, 256, 512, 2048],
+        lengths=[128, 256, 512, 2048],
         tokens=16384,
     )
     assert found["memory"]["host"] == pytest.approx(entry["quantize"]["peak_rss_bytes"], rel=0.35)

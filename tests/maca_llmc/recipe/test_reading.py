@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import quantization_config, quantize, quantized_modules, tensors
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from llmcompressor.modifiers.gptq import GPTQModifier
 from tiny import WIDE
 
@@ -324,7 +325,7 @@ def test_one_modifier_in_two_stages_is_refused(tmp_path):
         ("w3a16", {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 32}),
         ("W8A8", {"num_bits": 8, "type": "int", "strategy": "channel"}),
         ("NVFP4A16", {"num_bits": 4, "type": "float", "strategy": "tensor_group"}),
-        ("FP8_DYNAMIC", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+        ("fp8-dynamic", {"num_bits": 8, "type": "float", "strategy": "channel"}),
     ],
 )
 def test_a_scheme_by_name_is_compressed_tensors_own(tiny_model, scheme, expected):
@@ -334,3 +335,23 @@ def test_a_scheme_by_name_is_compressed_tensors_own(tiny_model, scheme, expected
     found = group.weights.model_dump()
     assert {key: found[key] for key in expected} == expected
     assert group.targets == ["Linear"] and isinstance(modifier, MaCaModifier)
+
+
+def preset_of(file):
+    return file.name.split(".")[0].upper().replace("-", "_")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in FILES if preset_of(file) in PRESET_SCHEMES and ".maca." in file.name],
+    ids=lambda file: file.name,
+)
+def test_a_scheme_by_name_is_the_shipped_recipe_of_that_name(tiny_model, file):
+    model = tiny_model("llama", hidden_size=128, intermediate_size=256)
+    (named,) = quantizing_modifiers(scheme_recipe(model, preset_of(file)))
+    (shipped,) = quantizing_modifiers(read_recipe(file))
+    (of_named,) = named.resolved_config.config_groups.values()
+    (of_shipped,) = shipped.resolved_config.config_groups.values()
+    assert of_named == of_shipped
+    fields = {"length_exponent", "first_token_weight", "hessian_scales", "nested_scales"}
+    assert named.model_dump(include=fields) == shipped.model_dump(include=fields)

@@ -25,6 +25,14 @@ def test_a_gpu_is_given_more_tokens_at_once(tiny_models, tmp_path, monkeypatch, 
     )
 
 
+def test_a_plan_needs_no_free_output(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "mine").touch()
+    monkeypatch.setattr(plans, "ask_kernels", lambda run: [])
+    assert plan(model=str(tiny_models("llama")), **DATA)["modules"]
+
+
 V_PROJ_APART = "MaCaModifier: {ignore: [lm_head, 're:.*v_proj'], scheme: W8A8}"
 DOWN_PROJ_APART = "MaCaModifier: {ignore: [lm_head, 're:.*gate$', 're:.*down_proj'], scheme: W8A8}"
 

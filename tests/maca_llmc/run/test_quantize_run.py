@@ -478,7 +478,7 @@ def test_a_quantized_model_is_refused_as_a_base(checkpoint, tmp_path):
 def test_scales_default_to_what_the_context_allows(tiny_models, tmp_path):
     source = tiny_models("llama", **SHAPE)  # of a context of 512
     data = random_text(documents=8, length=600)
-    output = quantize(source, tmp_path / "out", scales=None, data=data, tokens=1536)
+    output = quantize(source, tmp_path / "out", lengths=None, data=data, tokens=1536)
     record = json.loads((output / "maca_run.json").read_text())
     assert record["calibration"]["scales"] == [128, 256, 512]
     assert quantization_config(output)["ignore"] == ["lm_head"]

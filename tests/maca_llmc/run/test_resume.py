@@ -356,7 +356,7 @@ def test_a_link_stays_and_its_target_is_made(source, unbroken, tmp_path):
     ("change", "named"),
     {
         "seed": ({"seed": 5}, "--seed was 0 and is 5 now"),
-        "scales": ({"scales": [8, 32]}, r"--lengths was \[.*\] and is \[8, 32\] now"),
+        "scales": ({"lengths": [8, 32]}, r"--lengths was \[.*\] and is \[8, 32\] now"),
         "data": ({"tokens": 64}, r"data \(--data, --tokens, ...\) was"),
         "batches": ({"batch_tokens": 8}, "--batch-tokens was 2048 and is 8 now"),
         "diagonals": ({"record_diagonals": False}, "--record-diagonals was True and is False now"),
