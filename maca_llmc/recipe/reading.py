@@ -39,7 +39,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"recipe {path} is no file: see recipes/ for ready ones")
+        raise UserError(f"recipe {path} is no file: see recipes/ in the checkout, or give --scheme")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _NoRepeats)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
