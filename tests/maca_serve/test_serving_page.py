@@ -1,4 +1,4 @@
-"""Every command and example of OPERATIONS.md."""
+"""Every command and example of docs/serving.md."""
 
 import json
 import re
@@ -14,7 +14,7 @@ import typer
 from maca_serve.cli import app
 from maca_serve.engine.extra_flags import check_flags
 
-TEXT = (Path(__file__).parents[3] / "serve" / "OPERATIONS.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -77,5 +77,5 @@ def test_the_unit_is_one(tmp_path):
 
 def test_the_compose_file_is_yaml():
     yaml = pytest.importorskip("yaml")
-    (service,) = yaml.safe_load(blocks("yaml")[0])["services"].values()
+    (service,) = yaml.safe_load(blocks("yaml")[-1])["services"].values()
     assert service["ports"] == ["127.0.0.1:8000:8000"]
