@@ -75,7 +75,7 @@ endif
 TESTED := runs/test-checkpoints
 
 test: setup
-	HF_HUB_OFFLINE=1 $(QUANTIZE)/python -m pytest tests/maca_llmc tests/benchmarks
+	HF_HUB_OFFLINE=1 $(QUANTIZE)/python -m pytest tests/maca_llmc tests/benchmarks tests/docs
 	HF_HUB_OFFLINE=1 $(QUANTIZE)/python tests/support/make_checkpoints.py $(TESTED)
 	HF_HUB_OFFLINE=1 MACA_TEST_CHECKPOINTS=$(TESTED) $(ENGINE)/python -m pytest tests/maca_serve tests/benchmarks
 
