@@ -3,7 +3,7 @@
 import pytest
 import torch
 from documents import ROOT, blocks
-from tiny import WIDE, loader, random_sequences, tiny_config
+from tiny import WIDE, loader, random_sequences, save_tiny_model
 from transformers import AutoModelForCausalLM
 from watching import hessians_of
 
@@ -21,10 +21,10 @@ def example():
 
 
 @pytest.fixture(scope="module")
-def run(example):
+def run(example, tmp_path_factory):
     """A tiny model quantized with it: the model, its inputs, first Hessian and first weight."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config("llama", **WIDE)).eval()
+    folder = save_tiny_model("llama", tmp_path_factory.mktemp("llama"), **WIDE)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     sequences = random_sequences(LENGTHS)
     module, seen = model.get_submodule(NAME), []
     keep = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].double()))
