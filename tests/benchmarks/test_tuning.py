@@ -1,6 +1,9 @@
 """The arms of the tuning benchmark, and what its page says of cells."""
 
 import pytest
+
+pytest.importorskip("llmcompressor", reason="it quantizes")
+
 from accuracy_arms import LENGTHS, METHODS
 from tuning import ARMS, AWQ, NEAREST, NEAREST_MSE
 from tuning_page import minutes, ratio, start_of, table
