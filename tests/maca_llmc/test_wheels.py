@@ -1,5 +1,6 @@
 """Wheels of both distributions: they build, carry the licence, and import where nothing else is."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,8 +29,12 @@ def unpacked(tmp_path_factory):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     folders = {}
     for name, source in (("maca_llmc", ROOT), ("maca_serve", ROOT / "serve")):
-        out = built / name
-        subprocess.run([*command, "-q", "-w", out, source], check=True, capture_output=True)
+        out, copied = built / name, built / f"{name}-source"
+        # a copy: setuptools would leave its build folder, and take what lies in one already
+        shutil.copytree(source / name, copied / name)
+        for file in filter(Path.is_file, source.iterdir()):
+            shutil.copy(file, copied)
+        subprocess.run([*command, "-q", "-w", out, copied], check=True, capture_output=True)
         (wheel,) = out.glob("*.whl")
         folders[name] = tmp_path_factory.mktemp(name)
         zipfile.ZipFile(wheel).extractall(folders[name])
