@@ -20,7 +20,7 @@ from maca_llmc.model import loading
 from maca_llmc.tuning.divergence import divergence, top_answers
 
 RESULTS = HERE / "results" / "kept_answers.json"
-KEPT = (16, 64, 256, 1024)
+KEPT = (16, 64, 256, 1024, 4096, 16384)
 LENGTHS, TOKENS = (128, 512, 2048), 8192
 CPU = torch.device("cpu")
 
